@@ -1,0 +1,105 @@
+"""Choice of implementation, and registration of the operators with torch.
+
+Every operation is one ``torch.library`` operator under ``torch.ops.vitexplain``. Its ``backend`` argument chooses
+between the tiled torch implementation and the Triton kernel; an explicit choice is honoured or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+_LIBRARY = torch.library.Library("vitexplain", "DEF")
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def triton_installed() -> bool:
+    """True where the ``triton`` package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Resolve ``backend`` for tensors on ``device`` to ``"triton"`` or ``"torch"``.
+
+    ``"auto"`` is Triton on CUDA where triton is installed, tiled torch elsewhere. Raises ``ValueError`` for an unknown
+    name and ``RuntimeError`` where Triton was asked for and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and triton_installed() else "torch"
+    if backend == "triton":
+        if not triton_installed():
+            raise RuntimeError("backend 'triton' needs the triton package, which is not installed (pip install triton)")
+        if device.type != "cuda" and not interpreting():
+            raise RuntimeError(
+                f"backend 'triton' needs CUDA tensors, received tensors on {device.type!r} "
+                "(on a CPU, TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+            )
+    return backend
+
+
+def register_operator(
+    signature: str, torch_implementation: Callable[..., torch.Tensor], triton_module: str, fake: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
+    """Register one operator and return its callable.
+
+    Args:
+        signature: schema whose last argument is ``str backend``, for example ``"name(Tensor x, str backend) -> Tensor"``.
+        torch_implementation: called with all arguments but ``backend``.
+        triton_module: module with a function ``launch`` of the same arguments; imported when first needed.
+        fake: shape function, called with all arguments.
+    """
+    name = signature.partition("(")[0]
+
+    def implementation(*arguments: object, backend: str) -> torch.Tensor:
+        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+        if choose_backend(backend, device) == "triton":
+            return importlib.import_module(triton_module).launch(*arguments)
+        return torch_implementation(*arguments)
+
+    def positional(*arguments: object) -> torch.Tensor:
+        return implementation(*arguments[:-1], backend=str(arguments[-1]))
+
+    _LIBRARY.define(signature)
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, positional, key)
+    torch.library.register_fake(f"vitexplain::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.vitexplain, name)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...], sizes: dict[str, int]) -> None:
+    """Check a shape against named sizes, filling in ``sizes`` where a name is met for the first time."""
+    if tensor.dim() == len(expected):
+        for size, wanted in zip(tensor.shape, expected, strict=True):
+            if isinstance(wanted, str):
+                sizes.setdefault(wanted, size)
+        if all(size == (sizes[want] if isinstance(want, str) else want) for size, want in zip(tensor.shape, expected, strict=True)):
+            return
+    wanted_text = ", ".join(f"{want}={sizes[want]}" if want in sizes else str(want) for want in expected)
+    raise ValueError(f"{name}: expected shape ({wanted_text}), received {tuple(tensor.shape)}")
+
+
+def expect_same(name: str, tensor: torch.Tensor, reference_name: str, reference: torch.Tensor, *, dtype: bool = True) -> None:
+    """Check that two tensors share device and, unless told otherwise, dtype."""
+    if tensor.device != reference.device:
+        raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), received {tensor.device}")
+    if dtype and tensor.dtype != reference.dtype:
+        raise ValueError(f"{name}: expected dtype {reference.dtype} (that of {reference_name}), received {tensor.dtype}")

@@ -1,0 +1,60 @@
+"""Norms of the attention map's gradient G_h = grad_out_h · value_hᵀ per head, without forming it.
+
+    L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
+    L1: Σ_ij |grad_out_h,i · value_h,j|                              tiles, O(n²·dh), O(n) memory
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import accumulation_dtype, expect_same, expect_shape, register_operator
+from .torch_tiles import l1_head_norms_tiles
+
+NORMS = ("l1", "l2")
+
+
+def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: str = "auto") -> Tensor:
+    """Norm of G per image and head.
+
+    Args:
+        value: (B, H, n, dv).
+        grad_out: (B, H, m, dv), gradient of the explained scalar with respect to the attention output.
+        norm: ``"l1"``, the sum of |G|, or ``"l2"``, the Frobenius norm.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``. The L2 norm is a few library products on every backend.
+
+    Returns:
+        (B, H), float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a shape, dtype, device or name that does not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}: expected one of {', '.join(NORMS)}")
+    sizes: dict[str, int] = {}
+    expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
+    expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
+    expect_same("grad_out", grad_out, "value", value)
+    if norm == "l2":
+        return _l2_head_norms(value, grad_out)
+    return _operator(value, grad_out, backend)
+
+
+def _l2_head_norms(value: Tensor, grad_out: Tensor) -> Tensor:
+    dtype = accumulation_dtype(value.dtype)
+    gram_value, gram_grad = (tensor.to(dtype).transpose(-1, -2) @ tensor.to(dtype) for tensor in (value, grad_out))
+    return (gram_value * gram_grad).sum((-1, -2)).clamp_min(0).sqrt()  # rounding can leave a tiny negative
+
+
+def _fake(value: Tensor, grad_out: Tensor, backend: str) -> Tensor:  # noqa: ARG001
+    return torch.empty(value.shape[:2], dtype=accumulation_dtype(value.dtype), device=value.device)
+
+
+_operator = register_operator(
+    "l1_head_norms(Tensor value, Tensor grad_out, str backend) -> Tensor",
+    l1_head_norms_tiles,
+    f"{__name__}.triton_kernel",
+    _fake,
+)

@@ -1,0 +1,32 @@
+"""The errors this library raises for bad input; each message names what was expected and what was received."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ExplanationError(ValueError):
+    """Base class of all errors that bad input can cause."""
+
+
+class InputError(ExplanationError):
+    """Images, targets, options or files that do not fit."""
+
+
+class UnknownNameError(ExplanationError):
+    """A method, option or model of that name does not exist; the message lists near ones."""
+
+
+class UnsupportedModelError(ExplanationError):
+    """The model cannot be explained, or not by this method; the message says why."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """An error for an unknown name that offers near ones, or all where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if near:
+        return UnknownNameError(f"unknown {kind} {name!r}: did you mean {', '.join(near)}?")
+    listed = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
+    return UnknownNameError(f"unknown {kind} {name!r}: expected one of {listed or 'none'}")

@@ -1,0 +1,97 @@
+"""torch's own fused attention, forward and backward, with the logsumexp kept.
+
+``F.scaled_dot_product_attention`` does not hand out its logsumexp, so the library operators behind it are called directly:
+flash on a CPU, flash or memory-efficient attention on CUDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATEN = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class AttentionState:
+    """What a fused forward leaves for its backward, beside its inputs and output.
+
+    Attributes:
+        operator: ``"cpu"``, ``"flash"`` or ``"efficient"``.
+        saved_logsumexp: as the operator returned it; ``logsumexp`` is the part that belongs to queries.
+        logsumexp: (B, H, m), natural logarithm, of the scaled scores.
+        extras: the operator's other results.
+    """
+
+    operator: str
+    saved_logsumexp: Tensor
+    logsumexp: Tensor
+    extras: tuple[Any, ...] = ()
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, AttentionState]:
+    """Fused attention of (B, H, m, dh), (B, H, n, dh), (B, H, n, dv) without mask or dropout; output (B, H, m, dv)."""
+    if query.device.type == "cpu":
+        out, logsumexp = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+        return out, AttentionState("cpu", logsumexp, logsumexp)
+    width, num_queries = value.shape[-1], query.shape[2]
+    query, key, value = (_aligned(tensor) for tensor in (query, key, value))
+    if query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
+        out, logsumexp, *extras, _ = _ATEN._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
+        return out[..., :width], AttentionState("flash", logsumexp, logsumexp, tuple(extras))
+    out, logsumexp, *extras = _ATEN._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, False, scale=scale)
+    return out[..., :width], AttentionState("efficient", logsumexp, logsumexp[..., :num_queries], tuple(extras))
+
+
+def attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: AttentionState, scale: float
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value by the library's fused backward."""
+    if state.operator == "cpu":
+        return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, state.saved_logsumexp, 0.0, False, scale=scale
+        )
+    widths = query.shape[-1], key.shape[-1], value.shape[-1]
+    grad_out, query, key, value, out = (_aligned(tensor) for tensor in (grad_out, query, key, value, out))
+    if state.operator == "flash":
+        cumulative_query, cumulative_key, longest_query, longest_key, seed, offset = state.extras
+        gradients = _ATEN._scaled_dot_product_flash_attention_backward(
+            grad_out, query, key, value, out, state.saved_logsumexp, cumulative_query, cumulative_key, longest_query, longest_key,
+            0.0, False, seed, offset, scale=scale,
+        )  # fmt: skip
+    else:
+        *gradients, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
+            grad_out, query, key, value, None, out, state.saved_logsumexp, *state.extras,
+            0.0, [True, True, True, False], False, scale=scale,
+        )  # fmt: skip
+    return tuple(gradient[..., :width] for gradient, width in zip(gradients, widths, strict=True))
+
+
+def leading_rows_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: AttentionState, scale: float, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients where only the first ``num_rows`` rows of ``grad_out`` are non-zero: O(num_rows · n · dh)."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grad_rows, query_rows, out_rows = (tensor[:, :, :num_rows].to(dtype) for tensor in (grad_out, query, out))
+    wide_key, wide_value = key.to(dtype), value.to(dtype)
+    scores = (query_rows * scale) @ wide_key.transpose(-1, -2)
+    probabilities = (scores - state.logsumexp[:, :, :num_rows, None]).exp()  # (B, H, num_rows, n)
+    grad_probabilities = grad_rows @ wide_value.transpose(-1, -2)
+    delta = (grad_rows * out_rows).sum(-1, keepdim=True)
+    grad_scores = probabilities * (grad_probabilities - delta) * scale
+    grad_query = torch.zeros_like(query)
+    grad_query[:, :, :num_rows] = (grad_scores @ wide_key).to(query.dtype)
+    grad_key = grad_scores.transpose(-1, -2) @ query_rows
+    grad_value = probabilities.transpose(-1, -2) @ grad_rows
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Head width padded with zeros to the multiple of 8 that the CUDA operators want."""
+    missing = -tensor.shape[-1] % 8
+    return F.pad(tensor, (0, missing)) if missing else tensor

@@ -1,0 +1,364 @@
+"""Reading a running model: attention is intercepted, blocks are tapped, and nothing is left behind.
+
+While a ``Tap`` is open, every call of ``F.scaled_dot_product_attention`` inside a block goes through ``TappedAttention``:
+the library's fused forward and backward, with query, key, value, logsumexp and the output's gradient handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import UnsupportedModelError
+from .fused_attention import AttentionState, attention_backward, attention_forward, leading_rows_backward
+from .models import Anatomy, BlockAnatomy
+
+
+@dataclass
+class BlockTrace:
+    """What one block left behind; all tensors are detached.
+
+    Attributes:
+        index: position in the model, 0 for the first block.
+        anatomy: the block's modules.
+        query, key, value: (B, H, n, dh), as they reached the attention.
+        logsumexp: (B, H, n).
+        scale: factor of the scores.
+        read_tokens: (B, m, d), leading rows of the block's input, kept where an observer asked.
+        read_out: (B, H, m, dv), the same rows of the attention's output.
+        observed: what observers computed while the block ran, by observer.
+        tokens, mid_tokens, mlp_out: x, y and f, (B, n, d), present only while observers run.
+    """
+
+    index: int
+    anatomy: BlockAnatomy
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    logsumexp: Tensor | None = None
+    scale: float = 0.0
+    read_tokens: Tensor | None = None
+    read_out: Tensor | None = None
+    observed: dict[Any, Any] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    mid_tokens: Tensor | None = None
+    mlp_out: Tensor | None = None
+
+
+class Observer(Protocol):
+    """Computes something of a block while its tensors are alive."""
+
+    def observe(self, block: BlockTrace) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an explanation wants of a forward.
+
+    Attributes:
+        first_block: attention is intercepted from this block on; gradients stop below its attention.
+        gradient: a backward will follow.
+        input_gradient: the gradient of each block's input is wanted too, down to ``first_block``'s.
+        keep_reads: keep the rows that the head reads of each block's input and attention output.
+        branches: observers want y and f, so that the residual branches must be readable apart.
+        observers: run after each block.
+    """
+
+    first_block: int = 0
+    gradient: bool = False
+    input_gradient: bool = False
+    keep_reads: bool = False
+    branches: bool = False
+    observers: tuple[Observer, ...] = ()
+
+
+class GradientListener(Protocol):
+    """Told of gradients while a backward runs, from the last block to the first."""
+
+    def attention_gradient(self, block: BlockTrace, grad_out: Tensor) -> None:
+        """``grad_out`` (B, H, n, dv): gradient of the explained scalar with respect to the attention's output."""
+
+    def input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None:
+        """``tokens`` and ``grad_tokens`` (B, n, d): the block's input and its gradient."""
+
+
+class TappedAttention(torch.autograd.Function):
+    """Fused attention whose backward reports the gradient of its output.
+
+    ``anchor`` is a scalar that requires a gradient, so that the backward runs in the first tapped block, too, whose query,
+    key and value require none: there the fused backward is skipped.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor | None, tap: Tap, block: BlockTrace) -> Tensor:  # noqa: ARG004
+        out, state = attention_forward(query, key, value, block.scale)
+        block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
+        block.logsumexp = state.logsumexp
+        ctx.save_for_backward(query, key, value, out)
+        ctx.state, ctx.tap, ctx.block = state, tap, block
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        query, key, value, out = ctx.saved_tensors
+        tap, block = ctx.tap, ctx.block
+        if tap.listener is not None:
+            tap.listener.attention_gradient(block, grad_out)
+        grad_anchor = torch.zeros_like(tap.anchor) if ctx.needs_input_grad[3] else None
+        if not any(ctx.needs_input_grad[:3]):
+            return None, None, None, grad_anchor, None, None
+        arguments = (grad_out, query, key, value, out, ctx.state, block.scale)
+        rows = tap.rows_read_of(block)
+        gradients = attention_backward(*arguments) if rows is None else leading_rows_backward(*arguments, rows)
+        return *gradients, grad_anchor, None, None
+
+
+class _SdpaMode(TorchFunctionMode):
+    """Offers every ``F.scaled_dot_product_attention`` call to a handler, which may decline it."""
+
+    def __init__(self, handler: Callable[..., Tensor | None]) -> None:
+        super().__init__()
+        self.handler = handler
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            result = self.handler(*args, **kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+
+class Tap:
+    """A model prepared for one explanation; use as a context manager.
+
+    While open: parameters are frozen, modules are in evaluation mode, hooks are in place. On exit, also after an exception,
+    every flag is as it was and every hook is gone.
+    """
+
+    def __init__(self, anatomy: Anatomy, request: Request) -> None:
+        self.anatomy = anatomy
+        self.request = request
+        self.blocks = [BlockTrace(index, block) for index, block in enumerate(anatomy.blocks)]
+        self.listener: GradientListener | None = None
+        self.anchor: Tensor | None = None
+        self.leaves: list[Tensor] = []
+        self.pooling_attention: Tensor | None = None
+        self._stack = ExitStack()
+        self._current: BlockTrace | None = None
+        self._in_pool = False
+        self._narrowing = False
+
+    def __enter__(self) -> Tap:
+        with ExitStack() as stack:
+            stack.enter_context(_frozen(self.anatomy))
+            for block in self.blocks:
+                self._hook_block(block, stack)
+            if self.anatomy.attention_pool is not None:
+                self._hook_pool(self.anatomy.attention_pool, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run the model on (B, c, h, w); returns its logits, with a graph where a backward will follow."""
+        if self.request.gradient:
+            self.anchor = torch.zeros((), dtype=torch.float32, device=images.device, requires_grad=True)
+            self.leaves = [self.anchor]
+        with torch.set_grad_enabled(self.request.gradient), _SdpaMode(self._attention):
+            logits = self.anatomy.model(images)
+        for block in self.blocks[self.request.first_block :]:
+            if block.query is None:
+                name = type(block.anatomy.attention).__name__
+                raise UnsupportedModelError(
+                    f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, "
+                    "received no call"
+                )
+        return logits
+
+    def rows_read_of(self, block: BlockTrace) -> int | None:
+        """Number of leading rows of this block's attention output that the explained scalar depends on; None for all."""
+        return self.anatomy.num_read_tokens if block.index == len(self.blocks) - 1 else None
+
+    # -- interception ------------------------------------------------------------------------------------------------
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        if self._in_pool:
+            self._record_pool(query, key, scale)
+            return None
+        block = self._current
+        if block is None or block.index < self.request.first_block:
+            return None
+        where = f"block {block.index} ({type(block.anatomy.block).__name__})"
+        if block.query is not None:
+            raise UnsupportedModelError(f"{where}: expected one attention call a block, received a second one")
+        if attn_mask is not None or is_causal or enable_gqa or dropout_p > 0:
+            what = "a mask" if attn_mask is not None or is_causal else "grouped heads" if enable_gqa else "dropout"
+            raise UnsupportedModelError(f"{where}: expected attention without mask, grouped heads or dropout, received {what}")
+        query, key, value = _autocast(query, key, value)
+        block.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out = TappedAttention.apply(query, key, value, self.anchor, self, block)
+        if self.request.keep_reads:
+            rows = self.anatomy.num_read_tokens
+            block.read_out = out.detach() if rows is None else out.detach()[:, :, :rows].clone()
+        return out
+
+    def _record_pool(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        with torch.no_grad():
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            scores = query.float() @ key.float().transpose(-1, -2) * scale  # (B, H, latents, n): a row or so, not a map
+            self.pooling_attention = scores.softmax(-1).mean((1, 2))
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _hook_block(self, block: BlockTrace, stack: ExitStack) -> None:
+        anatomy = block.anatomy
+        wants = bool(self.request.observers) or self.request.keep_reads or self.request.input_gradient
+        if wants:
+            _attach(stack, anatomy.block.register_forward_pre_hook(lambda _, args: self._enter_block(block, args)))
+        if block.index >= self.request.first_block:
+            _attach(stack, anatomy.attention.register_forward_pre_hook(lambda *_: self._set_current(block)))
+            _attach(stack, anatomy.attention.register_forward_hook(lambda *_: self._set_current(None), always_call=True))
+        if anatomy.branches is not None and (self.request.branches or self._narrows(block)):
+            branches = anatomy.branches
+            _attach(stack, branches.mlp_input.register_forward_pre_hook(lambda _, args: self._enter_mlp(block, args)))
+            _attach(stack, branches.mlp_output.register_forward_hook(lambda _m, _i, out: self._leave_mlp(block, out)))
+        if self.request.observers:
+            _attach(stack, anatomy.block.register_forward_hook(lambda *_: self._observe(block)))
+
+    def _hook_pool(self, pool: nn.Module, stack: ExitStack) -> None:
+        def set_pool(active: bool) -> None:
+            self._in_pool = active
+
+        _attach(stack, pool.register_forward_pre_hook(lambda *_: set_pool(True)))
+        _attach(stack, pool.register_forward_hook(lambda *_: set_pool(False), always_call=True))
+
+    def _set_current(self, block: BlockTrace | None) -> None:
+        self._current = block
+
+    def _enter_block(self, block: BlockTrace, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tokens = args[0]
+        if self.request.observers:
+            block.tokens = tokens.detach()
+        if self.request.keep_reads and block.index >= self.request.first_block:
+            rows = self.anatomy.num_read_tokens
+            block.read_tokens = tokens.detach() if rows is None else tokens.detach()[:, :rows].clone()
+        if not self.request.input_gradient or block.index < self.request.first_block:
+            return None
+        if block.index == self.request.first_block:
+            tokens = tokens.detach().requires_grad_()
+            self.leaves.append(tokens)
+        values = tokens.detach()
+        tokens.register_hook(lambda gradient: self.listener.input_gradient(block, values, gradient) if self.listener else None)
+        return (tokens, *args[1:])
+
+    def _narrows(self, block: BlockTrace) -> bool:
+        """The last MLP needs a graph for the rows alone that the head reads; its other rows are never looked at."""
+        return self.request.gradient and self.rows_read_of(block) is not None
+
+    def _enter_mlp(self, block: BlockTrace, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._narrowing:
+            return None
+        tokens = args[0]
+        block.mid_tokens = tokens.detach()
+        if not self._narrows(block):
+            return None
+        if self.request.branches:
+            self._narrowing = True
+            try:
+                with torch.no_grad():
+                    block.mlp_out = block.anatomy.branches.mlp(block.mid_tokens)
+            finally:
+                self._narrowing = False
+        return (tokens[:, : self.rows_read_of(block)], *args[1:])
+
+    def _leave_mlp(self, block: BlockTrace, out: Tensor) -> Tensor | None:
+        if self._narrowing:
+            return None
+        if not self._narrows(block):
+            block.mlp_out = out.detach()
+            return None
+        return F.pad(out, (0, 0, 0, block.mid_tokens.shape[1] - out.shape[1]))
+
+    def _observe(self, block: BlockTrace) -> None:
+        with torch.no_grad():
+            for observer in self.request.observers:
+                block.observed[observer] = observer.observe(block)
+        block.tokens = block.mid_tokens = block.mlp_out = None
+
+
+def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor:
+    """A block's output where its attention returned ``attention_out``, whatever its queries and keys.
+
+    As tokens meet in the attention alone, the output can be had for a few rows at the price of a few rows.
+
+    Args:
+        block: anatomy of the block.
+        tokens: (B, m, d), rows of the block's input.
+        attention_out: (B, H, m, dv), the same rows of the attention's output.
+
+    Returns:
+        (B, m, d), the same rows of the block's output.
+    """
+    with _SdpaMode(lambda *_, **__: attention_out):
+        return block.block(tokens)
+
+
+def _attach(stack: ExitStack, handle: torch.utils.hooks.RemovableHandle) -> None:
+    stack.callback(handle.remove)
+
+
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
+    """What autocast would do to attention's inputs before the library's operator sees them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@contextmanager
+def _frozen(anatomy: Anatomy) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, the anatomy's temporary attributes; all as before afterwards."""
+    model = anatomy.model
+    training = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = [(module, name, getattr(module, name)) for module, name, _ in anatomy.temporary]
+    try:
+        for module, _ in training:
+            module.training = False
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for module, name, value in anatomy.temporary:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for parameter, was in flags:
+            parameter.requires_grad_(was)
+        for module, name, value in attributes:
+            setattr(module, name, value)
+
+
+__all__ = ["AttentionState", "BlockTrace", "GradientListener", "Request", "Tap", "TappedAttention", "replay"]
