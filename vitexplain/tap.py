@@ -28,6 +28,8 @@ class BlockTrace:
     Attributes:
         index: position in the model, 0 for the first block.
         anatomy: the block's modules.
+        is_last: whether it is the model's last block.
+        backend: for kernels that work on this block.
         query, key, value: (B, H, n, dh), as they reached the attention.
         logsumexp: (B, H, n).
         scale: factor of the scores.
@@ -39,6 +41,8 @@ class BlockTrace:
 
     index: int
     anatomy: BlockAnatomy
+    is_last: bool
+    backend: str
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -140,14 +144,15 @@ class _SdpaMode(TorchFunctionMode):
 class Tap:
     """A model prepared for one explanation; use as a context manager.
 
-    While open: parameters are frozen, modules are in evaluation mode, hooks are in place. On exit, also after an exception,
-    every flag is as it was and every hook is gone.
+    While open, parameters are frozen and modules are in evaluation mode; hooks are in place during ``forward`` alone. On
+    exit, also after an exception, every flag is as it was.
     """
 
-    def __init__(self, anatomy: Anatomy, request: Request) -> None:
+    def __init__(self, anatomy: Anatomy, request: Request, backend: str = "auto") -> None:
         self.anatomy = anatomy
         self.request = request
-        self.blocks = [BlockTrace(index, block) for index, block in enumerate(anatomy.blocks)]
+        last = len(anatomy.blocks) - 1
+        self.blocks = [BlockTrace(index, block, index == last, backend) for index, block in enumerate(anatomy.blocks)]
         self.listener: GradientListener | None = None
         self.anchor: Tensor | None = None
         self.leaves: list[Tensor] = []
@@ -158,13 +163,7 @@ class Tap:
         self._narrowing = False
 
     def __enter__(self) -> Tap:
-        with ExitStack() as stack:
-            stack.enter_context(_frozen(self.anatomy))
-            for block in self.blocks:
-                self._hook_block(block, stack)
-            if self.anatomy.attention_pool is not None:
-                self._hook_pool(self.anatomy.attention_pool, stack)
-            self._stack = stack.pop_all()
+        self._stack.enter_context(_frozen(self.anatomy))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -175,7 +174,13 @@ class Tap:
         if self.request.gradient:
             self.anchor = torch.zeros((), dtype=torch.float32, device=images.device, requires_grad=True)
             self.leaves = [self.anchor]
-        with torch.set_grad_enabled(self.request.gradient), _SdpaMode(self._attention):
+        with ExitStack() as stack:
+            for block in self.blocks:
+                self._hook_block(block, stack)
+            if self.anatomy.attention_pool is not None:
+                self._hook_pool(self.anatomy.attention_pool, stack)
+            stack.enter_context(torch.set_grad_enabled(self.request.gradient))
+            stack.enter_context(_SdpaMode(self._attention))
             logits = self.anatomy.model(images)
         for block in self.blocks[self.request.first_block :]:
             if block.query is None:
@@ -188,7 +193,7 @@ class Tap:
 
     def rows_read_of(self, block: BlockTrace) -> int | None:
         """Number of leading rows of this block's attention output that the explained scalar depends on; None for all."""
-        return self.anatomy.num_read_tokens if block.index == len(self.blocks) - 1 else None
+        return self.anatomy.num_read_tokens if block.is_last else None
 
     # -- interception ------------------------------------------------------------------------------------------------
 
@@ -359,6 +364,3 @@ def _frozen(anatomy: Anatomy) -> Iterator[None]:
             parameter.requires_grad_(was)
         for module, name, value in attributes:
             setattr(module, name, value)
-
-
-__all__ = ["AttentionState", "BlockTrace", "GradientListener", "Request", "Tap", "TappedAttention", "replay"]

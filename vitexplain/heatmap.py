@@ -1,0 +1,78 @@
+"""From a map on the patch grid to colours: scaling, up-sampling, colour map, blending."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .errors import InputError, unknown_name
+
+UNSIGNED_COLORMAP = "inferno"
+SIGNED_COLORMAP = "RdBu_r"
+
+
+def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Bilinear up-sampling (align_corners False) of (…, gh, gw) to (…, height, width); an int is both."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"size: expected a positive int or (height, width), received {size}")
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Each map of (…, h, w) scaled to [0, 1]; a constant map becomes zeros."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
+def colorize(heat: Tensor, *, signed: bool = False, colormap: str | None = None) -> np.ndarray:
+    """Colours of one map (h, w) as (h, w, 3) uint8.
+
+    Unsigned maps are min-max scaled and shown on a perceptually uniform scale; signed ones are scaled by their largest
+    magnitude and shown on a diverging scale whose middle is zero.
+    """
+    name = colormap or (SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP)
+    if name not in matplotlib.colormaps:
+        raise unknown_name("colour map", name, matplotlib.colormaps)
+    if signed:
+        unit = 0.5 + 0.5 * heat / heat.abs().max().clamp_min(torch.finfo(heat.dtype).tiny)
+    else:
+        unit = min_max(heat)
+    return matplotlib.colormaps[name](unit.cpu().numpy(), bytes=True)[..., :3].copy()
+
+
+def blend(
+    photo: Image.Image, heat: Tensor, *, alpha: float = 0.55, signed: bool = False, colormap: str | None = None
+) -> Image.Image:
+    """The photo with a map (gh, gw) laid over it, at the photo's size; ``alpha`` is the map's share."""
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha: expected 0 to 1, received {alpha}")
+    photo = photo.convert("RGB")
+    colors = colorize(upsample(heat.float(), (photo.height, photo.width)), signed=signed, colormap=colormap)
+    return Image.blend(photo, Image.fromarray(colors), alpha)
+
+
+def as_photo(image: object) -> Image.Image:
+    """A PIL image, an array (h, w, 3) uint8, or a tensor (3, h, w) uint8 or float in [0, 1], as a PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3:
+        image = image.detach().cpu()
+        if image.is_floating_point():
+            if image.min() < 0 or image.max() > 1:
+                raise InputError(
+                    f"image: expected values in [0, 1] (before normalisation), received {float(image.min()):.3g} to {float(image.max()):.3g}"
+                )
+            image = (image * 255).round().to(torch.uint8)
+        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+        return Image.fromarray(image)
+    shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+    raise InputError(
+        f"image: expected a PIL image, uint8 array (h, w, 3) or tensor (3, h, w), received {type(image).__name__}{shape}"
+    )

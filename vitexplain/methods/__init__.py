@@ -1,0 +1,106 @@
+"""The methods, one short file each, and their table. ``vitexplain.methods()`` lists them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ..errors import InputError, unknown_name
+from .attcat import AttCAT
+from .base import Method, Option
+from .gmar import GMAR
+from .grad_cam import GradCAM
+from .iba import IBA
+from .raw_attention import RawAttention
+from .rollout import Rollout
+from .tokentm import TokenTM
+from .transformer_mm import TransformerMM
+
+_TABLE: tuple[type[Method], ...] = (TokenTM, GMAR, IBA, TransformerMM, AttCAT, Rollout, RawAttention, GradCAM)
+REGISTRY: dict[str, type[Method]] = {method.name: method for method in _TABLE}
+
+__all__ = [
+    "GMAR",
+    "IBA",
+    "REGISTRY",
+    "AttCAT",
+    "GradCAM",
+    "Method",
+    "MethodInfo",
+    "Option",
+    "RawAttention",
+    "Rollout",
+    "TokenTM",
+    "TransformerMM",
+    "build_methods",
+    "list_methods",
+]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of the list of methods: name, title, paper, cost, options, and whether all rows can be asked for."""
+
+    name: str
+    title: str
+    paper: str
+    cost: str
+    options: tuple[Option, ...]
+    class_specific: bool
+    all_rows: bool
+
+
+def list_methods() -> tuple[MethodInfo, ...]:
+    """What methods there are, with their paper, cost and options."""
+    return tuple(
+        MethodInfo(kind.name, kind.title, kind.paper, kind.cost, kind.options(), kind.uses_target, kind.is_chain)
+        for kind in REGISTRY.values()
+    )
+
+
+def build_methods(method: str | Method | Iterable[str | Method], options: Mapping[str, Any]) -> list[Method]:
+    """Methods by name or instance; each option goes to every named method that has it.
+
+    Raises:
+        UnknownNameError: no method, or no method asked for, has that name or option.
+        InputError: an option's value does not fit, a method is asked for twice, or none is.
+    """
+    asked = [method] if isinstance(method, str | Method) else list(method)
+    if not asked:
+        raise InputError("method: expected at least one method, received an empty list")
+    kinds = [item if isinstance(item, Method) else _lookup(item) for item in asked]
+    names = [kind.name for kind in kinds]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"method: expected each method once, received {', '.join(twice)} more than once")
+    taken = {kind.name: {o.name for o in kind.options()} for kind in kinds if not isinstance(kind, Method)}
+    for name in options:
+        if not any(name in known for known in taken.values()):
+            raise unknown_name(f"option of {', '.join(names)}", name, set().union(*taken.values()))
+    return [
+        kind
+        if isinstance(kind, Method)
+        else kind(**{name: value for name, value in options.items() if name in taken[kind.name]})
+        for kind in kinds
+    ]
+
+
+def _lookup(name: str) -> type[Method]:
+    if not isinstance(name, str):
+        raise InputError(f"method: expected a name or a Method, received {type(name).__name__}")
+    if name not in REGISTRY:
+        raise unknown_name("method", name, REGISTRY)
+    return REGISTRY[name]
+
+
+class _CallableModule(ModuleType):
+    """Lets ``vitexplain.methods`` be both this package and the function that lists the methods."""
+
+    def __call__(self) -> tuple[MethodInfo, ...]:
+        return list_methods()
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,134 @@
+"""What a method is: options as dataclass fields, what it taps, and its update rule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedModelError
+from ..models import Anatomy
+from ..relevance import Rows, Trace
+from ..tap import BlockTrace
+
+
+def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
+    """A dataclass field for a method's option: default, one line of help, and what values it takes."""
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: name, default, one line of help, allowed values (empty where any value of the type is)."""
+
+    name: str
+    default: Any
+    help: str
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def values(self) -> str:
+        """The values it takes, as text."""
+        if self.choices:
+            return " | ".join(map(str, self.choices))
+        return "true | false" if isinstance(self.default, bool) else type(self.default).__name__
+
+
+def _check_option(method: str, spec: Any, value: Any) -> None:
+    """Refuse a value of the wrong type, outside the choices, or below the minimum."""
+    default, choices, minimum = spec.default, spec.metadata["choices"], spec.metadata["minimum"]
+    where = f"option {spec.name!r} of {method}"
+    if choices:
+        if value not in choices:
+            raise InputError(f"{where}: expected one of {', '.join(map(repr, choices))}, received {value!r}")
+        return
+    kinds = (int, float) if type(default) is float else (type(default),)
+    if type(value) not in kinds:
+        raise InputError(f"{where}: expected {type(default).__name__}, received {value!r}")
+    if minimum is not None and not value >= minimum:
+        raise InputError(f"{where}: expected at least {minimum}, received {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of all methods. Walks over blocks from the last to the first; the state is whatever ``start`` returns.
+
+    Class attributes:
+        name: how it is asked for.
+        title, paper, cost: for listings.
+        uses_gradient: needs a backward over the model.
+        uses_target: the map depends on the class.
+        uses_input_gradient: needs the gradient of each block's input.
+        uses_reads: needs the rows that the head reads of each block.
+        uses_branches: observes y and f, so that residual branches must be readable apart.
+        observes: ``observe`` computes something while a block runs.
+        is_chain: the map is one row of a product of update maps, so that all rows can be asked for.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    cost: ClassVar[str]
+    uses_gradient: ClassVar[bool] = False
+    uses_target: ClassVar[bool] = False
+    uses_input_gradient: ClassVar[bool] = False
+    uses_reads: ClassVar[bool] = False
+    uses_branches: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    is_chain: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            _check_option(self.name, spec, getattr(self, spec.name))
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """The method's options."""
+        return tuple(
+            Option(spec.name, spec.default, spec.metadata["help"], spec.metadata["choices"])
+            for spec in fields(cls)
+            if spec.default is not MISSING
+        )
+
+    @property
+    def explained_score(self) -> str:
+        """The scalar whose gradient is taken: ``"logit"`` or ``"probability"``."""
+        return getattr(self, "score", "logit")
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise ``UnsupportedModelError`` where this method cannot explain the model."""
+        if self.uses_branches:
+            for index, block in enumerate(anatomy.blocks):
+                if block.branches is None:
+                    raise UnsupportedModelError(f"method {self.name!r} cannot explain block {index}: {block.inseparable}")
+        start = getattr(self, "start_block", 0)
+        if start >= len(anatomy.blocks):
+            raise InputError(
+                f"option 'start_block' of {self.name}: expected less than {len(anatomy.blocks)} (blocks), received {start}"
+            )
+
+    def first_block(self, num_blocks: int) -> int:  # noqa: ARG002
+        """The earliest block whose attention is looked at."""
+        return getattr(self, "start_block", 0)
+
+    def observe(self, block: BlockTrace) -> Any:  # noqa: ARG002
+        """Computed while a block runs, without gradient; found again in ``block.observed[self]``."""
+        return None
+
+    def start(self, trace: Trace, target: Tensor) -> Any:  # noqa: ARG002
+        """State before the last block, here the rows to follow; ``target`` is (B,) int64."""
+        return Rows(trace.start_rows, trace.support)
+
+    @abstractmethod
+    def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any:
+        """State after a block's attention; ``grad_out`` (B, H, n, dv) where ``uses_gradient``."""
+
+    def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:  # noqa: ARG002
+        """State after the gradient of a block's input is known, where ``uses_input_gradient``."""
+        return state
+
+    def finish(self, state: Any, trace: Trace) -> Tensor:  # noqa: ARG002
+        """(B, R, n) values of all tokens: R rows for chain methods, one for the others."""
+        return state.values

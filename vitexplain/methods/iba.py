@@ -1,0 +1,93 @@
+"""IBA: independent block-wise attribution (a reconstruction)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..relevance import Rows, Trace, propagate
+from ..tap import BlockTrace, replay
+from .base import Method, option
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Per-block maps m_l (B, n) and class logits and probabilities (B,) so far, last block first."""
+
+    target: Tensor
+    maps: tuple[Tensor, ...] = ()
+    logits: tuple[Tensor, ...] = ()
+    probabilities: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBA(Method):
+    """Each block, its input detached, is asked for the class by the model's own head, and attributes on its own:
+
+        u_l = logit of the class from head(norm(pool(x'_l))),  G_l = ∂u_l/∂P_l through block l only
+        m_l[j] = mean_h Σ_i r⁰_i relu(P_h[i, j] G_h[i, j])
+
+    The map is Σ_l m_l for ``relevance="gradient"``. The others sum ρ_l m_l / max(m_l) with Σ_l ρ_l = 1: ``"gain"`` has
+    ρ_l ∝ relu(u_l − u_{l−1}), ``"probability"`` the class probability that the head gives at the block, ``"uniform"`` 1/L.
+
+    A reconstruction: of the paper only the abstract is public.
+    """
+
+    name: ClassVar[str] = "iba"
+    title: ClassVar[str] = "IBA (reconstruction)"
+    paper: ClassVar[str] = "Independent Block-wise Attribution (IEEE TMM 2026); reconstructed from its abstract"
+    cost: ClassVar[str] = "forward; for mean- and attention-pooled heads also a backward inside each block"
+    uses_target: ClassVar[bool] = True
+    uses_reads: ClassVar[bool] = True
+
+    relevance: str = option(
+        "gradient", "how a block's relevance to the class weighs its map", choices=("gradient", "gain", "probability", "uniform")
+    )
+
+    def start(self, trace: Trace, target: Tensor) -> _Walk:  # noqa: ARG002
+        return _Walk(target)
+
+    def step(self, state: _Walk, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _Walk:  # noqa: ARG002
+        with torch.enable_grad():
+            out = block.read_out.detach().requires_grad_()
+            logits = trace.anatomy.logits(replay(block.anatomy, block.read_tokens, out))
+            class_logit = _class_values(logits, state.target)
+            (local_grad,) = torch.autograd.grad(class_logit.sum(), out)
+        rows = Rows(trace.start_rows, trace.support)
+        block_map = propagate(rows, block, phi="p_relu_g", grad_out=local_grad)[:, 0]
+        probability = _class_values(logits.detach().to(block_map.dtype).softmax(-1), state.target)
+        return _Walk(
+            state.target,
+            (*state.maps, block_map),
+            (*state.logits, class_logit.detach().to(block_map.dtype)),
+            (*state.probabilities, probability),
+        )
+
+    def finish(self, state: _Walk, trace: Trace) -> Tensor:
+        maps = torch.stack(state.maps[::-1], 1)  # (B, L, n)
+        if self.relevance == "gradient":
+            return maps.sum(1, keepdim=True)
+        tiny = torch.finfo(maps.dtype).tiny
+        shares = self._relevances(state, trace)  # (B, L)
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(tiny)
+        scaled = maps / maps.amax(-1, keepdim=True).clamp_min(tiny)
+        return (shares.unsqueeze(-1) * scaled).sum(1, keepdim=True)
+
+    def _relevances(self, state: _Walk, trace: Trace) -> Tensor:
+        logits = torch.stack(state.logits[::-1], 1)
+        if self.relevance == "probability":
+            return torch.stack(state.probabilities[::-1], 1)
+        if self.relevance == "uniform":
+            return torch.ones_like(logits)
+        with torch.no_grad():
+            initial = trace.anatomy.logits(trace.blocks[0].read_tokens)
+        before = torch.cat([_class_values(initial, state.target).to(logits.dtype).unsqueeze(1), logits[:, :-1]], 1)
+        return (logits - before).relu()
+
+
+def _class_values(values: Tensor, target: Tensor) -> Tensor:
+    """(B, classes) and (B,) to (B,)."""
+    return values.gather(1, target.unsqueeze(1)).squeeze(1)

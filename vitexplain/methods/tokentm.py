@@ -1,0 +1,95 @@
+"""TokenTM / VTranM: attention weighted by its gradient and by how far each layer moves each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import attention_token_transformation, token_transformation
+from ..relevance import Rows, Trace, propagate
+from ..tap import BlockTrace
+from .base import Method, option
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What one block's forward leaves: ‖x⁰‖ (block 0), W_h (B, H, n) and W_f (B, n)."""
+
+    token_norms: Tensor | None
+    attention: Tensor | None
+    mlp: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTM(Method):
+    """The class row of Π_l U_ffn,l U_mhsa,l C_0 with
+
+        U_mhsa = I + mean_h[relu(G_h) ⊙ P_h · diag(W_h)],  U_ffn = I + diag(W_f),  C_0 = diag(‖x⁰‖)
+
+    and W the norm ratio × NECC between what enters a branch and what the branch adds. ``aggregate=False`` is the last
+    block's U_mhsa alone (Eq. 8). ``length=False`` drops norm ratios and C_0, ``necc=False`` the cosine term; with neither,
+    W ≡ 1 and there is no FFN factor. ``necc_scale="n"`` is an extension: it gives the NECC a mean of 1 instead of 1/n.
+    """
+
+    name: ClassVar[str] = "tokentm"
+    title: ClassVar[str] = "TokenTM / VTranM"
+    paper: ClassVar[str] = "Token Transformation Matters: Towards Faithful Post-hoc Explanation for Vision Transformer (CVPR 2024)"
+    cost: ClassVar[str] = "forward + backward + one attention forward per block"
+    uses_gradient: ClassVar[bool] = True
+    uses_target: ClassVar[bool] = True
+    is_chain: ClassVar[bool] = True
+
+    score: str = option("logit", "the scalar explained", choices=("logit", "probability"))
+    aggregate: bool = option(True, "multiply over all blocks; false: the last block alone")
+    length: bool = option(True, "weigh by how far a layer changes the length of a token")
+    necc: bool = option(True, "weigh by the normalised exponential cosine of the change")
+    necc_scale: str = option("1", "factor of the NECC; n is an extension of the paper's 1", choices=("1", "n"))
+    start_block: int = option(0, "first block of the product", minimum=0)
+
+    @property
+    def observes(self) -> bool:
+        """Whether token transformations are needed at all."""
+        return self.length or self.necc
+
+    @property
+    def uses_branches(self) -> bool:
+        """W needs the residual branches apart."""
+        return self.observes
+
+    def first_block(self, num_blocks: int) -> int:
+        return self.start_block if self.aggregate else num_blocks - 1
+
+    def observe(self, block: BlockTrace) -> _Weights:
+        norms = torch.linalg.vector_norm(block.tokens, dim=-1, dtype=_norm_dtype(block.tokens)) if block.index == 0 else None
+        if block.index < self.start_block or not (self.aggregate or block.is_last):
+            return _Weights(norms, None, None)
+        switches = dict(
+            length=self.length,
+            necc=self.necc,
+            necc_scale=block.tokens.shape[1] if self.necc_scale == "n" else 1.0,
+            backend=block.backend,
+        )
+        weight = block.anatomy.branches.output_weight().to(block.value.dtype)
+        attention = attention_token_transformation(block.tokens.to(block.value.dtype), block.value, weight, **switches)
+        if not self.aggregate:
+            return _Weights(norms, attention, None)
+        mlp = token_transformation(block.mid_tokens, block.mlp_out.to(block.mid_tokens.dtype), **switches)
+        return _Weights(norms, attention, mlp)
+
+    def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:  # noqa: ARG002
+        weights = block.observed.get(self, _Weights(None, None, None))
+        rows = state if weights.mlp is None else state.scaled(1 + weights.mlp)
+        moved = propagate(rows, block, phi="p_relu_g", grad_out=grad_out, token_weights=weights.attention)
+        return rows.dense(rows.values + moved)
+
+    def finish(self, state: Rows, trace: Trace) -> Tensor:
+        if not (self.aggregate and self.length):
+            return state.values
+        return state.scaled(trace.blocks[0].observed[self].token_norms.to(state.values.dtype)).values
+
+
+def _norm_dtype(tokens: Tensor) -> torch.dtype:
+    return torch.promote_types(tokens.dtype, torch.float32)

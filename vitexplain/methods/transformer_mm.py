@@ -1,0 +1,32 @@
+"""Generic attention explainability (Transformer-MM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..relevance import Rows, Trace, propagate
+from ..tap import BlockTrace
+from .base import Method, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerMM(Method):
+    """The class row of Π_l (I + mean_h relu(P_h ⊙ G_h))."""
+
+    name: ClassVar[str] = "transformer_mm"
+    title: ClassVar[str] = "Transformer-MM"
+    paper: ClassVar[str] = (
+        "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers (ICCV 2021)"
+    )
+    cost: ClassVar[str] = "forward + backward + one attention forward per block"
+    uses_gradient: ClassVar[bool] = True
+    uses_target: ClassVar[bool] = True
+    is_chain: ClassVar[bool] = True
+
+    start_block: int = option(0, "first block of the product", minimum=0)
+
+    def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:  # noqa: ARG002
+        return state.dense(state.values + propagate(state, block, phi="p_relu_g", grad_out=grad_out))
