@@ -278,8 +278,8 @@ class Tap:
         return (tokens, *args[1:])
 
     def _narrows(self, block: BlockTrace) -> bool:
-        """The last MLP needs a graph for the rows alone that the head reads; its other rows are never looked at."""
-        return self.request.gradient and self.rows_read_of(block) is not None
+        """The last MLP is run, or run with a graph, on the rows alone that the head reads; its other rows are never looked at."""
+        return self.rows_read_of(block) is not None and (self.request.gradient or not self.request.branches)
 
     def _enter_mlp(self, block: BlockTrace, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._narrowing:

@@ -7,6 +7,7 @@ Memory and time are quadratic to cubic in the number of tokens: for tests, and f
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -16,21 +17,23 @@ from torch import Tensor
 
 
 class DenseReference:
-    """One dense forward of a timm VisionTransformer in float64.
+    """One dense forward of a timm VisionTransformer, in float64 unless told otherwise.
 
     Args:
         model: copied and converted; pre-norm blocks with one attention each.
         images: (B, c, h, w).
+        dtype: of the whole computation; a narrower one shows what plain low-precision torch would give.
 
     Attributes:
-        logits: (B, classes) float64.
+        logits: (B, classes).
         pooling: (B, n), the weights with which the head reads the tokens.
         maps: P of each block, (B, H, n, n).
         inputs: x of each block, (B, n, d).
     """
 
-    def __init__(self, model: VisionTransformer, images: Tensor) -> None:
-        self.model = copy.deepcopy(model).double().eval().requires_grad_(False)
+    def __init__(self, model: VisionTransformer, images: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
@@ -45,7 +48,7 @@ class DenseReference:
         with torch.inference_mode(False), torch.enable_grad():
             self._listen()
             try:
-                images = images.detach().clone().double().requires_grad_()
+                images = images.detach().clone().to(dtype).requires_grad_()
                 self._graph_logits = self.model(images)
             finally:
                 for handle in self._handles:
@@ -81,7 +84,7 @@ class DenseReference:
     def _pooling(self) -> Tensor:
         model = self.model
         batch, n, _ = self.inputs[0].shape
-        weights = torch.zeros(batch, n, dtype=torch.float64, device=self.logits.device)
+        weights = torch.zeros(batch, n, dtype=self.dtype, device=self.logits.device)
         first = 0 if model.pool_include_prefix else model.num_prefix_tokens
         if model.attn_pool is not None:
             pool = model.attn_pool
@@ -131,7 +134,7 @@ class DenseReference:
 
     def _identity(self) -> Tensor:
         batch, n, _ = self.inputs[0].shape
-        return torch.eye(n, dtype=torch.float64, device=self.logits.device).expand(batch, n, n)
+        return torch.eye(n, dtype=self.dtype, device=self.logits.device).expand(batch, n, n)
 
     def _chain(self, updates: list[Tensor]) -> Tensor:
         product = self._identity()
@@ -232,7 +235,7 @@ class DenseReference:
         if relevance == "gradient":
             return torch.stack(maps).sum(0)
         shares = {
-            "gain": [(after - before).clamp(min=0) for before, after in zip(logits[:-1], logits[1:], strict=True)],
+            "gain": [(after - before).clamp(min=0) for before, after in itertools.pairwise(logits)],
             "probability": probabilities,
             "uniform": [torch.ones_like(value) for value in probabilities],
         }[relevance]

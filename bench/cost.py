@@ -1,0 +1,105 @@
+"""What an explanation costs beside the model itself: time of every method, interleaved with plain forwards and backwards.
+
+    python -m bench.cost                      # ViT-S/16 at 224, batch 8, on this machine
+    python -m bench.cost --device cuda --dtype bfloat16 --model vit_base_patch16_224 --batch 64
+
+Before any timing each method's map is compared with the dense float64 reference; a method outside the budget is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitexplain
+
+from .record import RESULTS, Row, environment, spread, write_rows
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def plain_forward(model: nn.Module, images: Tensor) -> None:
+    """The model alone, no graph."""
+    with torch.no_grad():
+        model(images)
+
+
+def forward_backward(model: nn.Module, images: Tensor) -> None:
+    """Forward and gradient with respect to the input: parameters get none."""
+    images = images.clone().requires_grad_()
+    torch.autograd.grad(model(images).amax(-1).sum(), images)
+
+
+def gate(model: nn.Module, images: Tensor, method: str) -> float:
+    """Relative error against the dense float64 reference on one image; raises where it is outside the tolerance."""
+    ours = vitexplain.explain(model, images[:1], method=method)
+    dense = vitexplain.explain(model, images[:1], target=ours.target, method=method, backend="dense")
+    error = float((ours.maps - dense.maps).abs().max() / dense.maps.abs().max())
+    if not error <= TOLERANCE[images.dtype]:
+        raise SystemExit(f"{method}: relative error {error:.2e} exceeds {TOLERANCE[images.dtype]:.0e}: not timed")
+    return error
+
+
+def interleaved(cases: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds of each case, taken in turns so that a drift of the machine hits all alike; two warm-up rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for round_number in range(repeats + 2):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if round_number >= 2:
+                samples[name].append(1e3 * (time.perf_counter() - started))
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    model = timm.create_model(options.model).eval().to(device, dtype).requires_grad_(False)
+    size = model.patch_embed.img_size
+    images = torch.randn(options.batch, 3, *size, device=device).to(dtype)
+    methods = [info.name for info in vitexplain.methods()]
+    errors = {method: gate(model, images, method) for method in methods}
+
+    explainers = {method: vitexplain.Explainer(model, method) for method in methods}
+    cases: dict[str, Callable[[], None]] = {
+        "forward": lambda: plain_forward(model, images),
+        "forward + input gradient": lambda: forward_backward(model, images),
+        **{method: (lambda explainer=explainer: explainer.attribute(images)) for method, explainer in explainers.items()},
+    }
+    samples = interleaved(cases, options.repeats, device)
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    common = {"model": options.model, "batch": options.batch, "tokens": tokens, "dtype": options.dtype, **environment(device)}
+    rows = []
+    for name, values in samples.items():
+        for metric, unit, series in (
+            ("time", "ms", values),
+            ("ratio to forward", "×", [a / b for a, b in zip(values, samples["forward"], strict=True)]),
+            ("ratio to forward + input gradient", "×", [a / b for a, b in zip(values, samples["forward + input gradient"], strict=True)]),
+        ):
+            rows.append(Row(case="cost", provider=name, metric=metric, unit=unit, **spread(series), **common))
+    for name, error in errors.items():
+        rows.append(Row(case="gate", provider=name, metric="relative error", unit="1", **spread([error]), **common))
+    path = write_rows(RESULTS / device.type / f"cost_{options.model}_{options.dtype}.csv", rows)
+    for row in rows:
+        if row.metric != "relative error":
+            print(f"{row.provider:26s} {row.metric:36s} {row.p50:>9s} {row.unit}  [{row.p20}, {row.p80}]")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

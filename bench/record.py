@@ -1,0 +1,79 @@
+"""One row per measurement, always with device and versions beside the figure."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what was measured, on what, with the spread and the environment.
+
+    ``p50`` is ``"not measured"`` or ``"out of memory …"`` where there is no figure.
+    """
+
+    case: str
+    provider: str
+    model: str
+    batch: int
+    tokens: int
+    dtype: str
+    metric: str
+    unit: str
+    p20: str
+    p50: str
+    p80: str
+    repeats: int
+    device: str
+    threads: int
+    versions: str
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Device, threads and versions for a row."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, numpy {numpy.__version__}"
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def spread(samples: list[float]) -> dict[str, object]:
+    """20th, 50th and 80th percentile of the samples."""
+    if len(samples) == 1:
+        return {"p20": f"{samples[0]:.4g}", "p50": f"{samples[0]:.4g}", "p80": f"{samples[0]:.4g}", "repeats": 1}
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return {"p20": f"{tenths[1]:.4g}", "p50": f"{tenths[4]:.4g}", "p80": f"{tenths[7]:.4g}", "repeats": len(samples)}
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    """Write a CSV with a header; replaces what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    return path
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV written by ``write_rows``."""
+    with path.open(newline="") as stream:
+        return [
+            Row(**{**row, "batch": int(row["batch"]), "tokens": int(row["tokens"]), "repeats": int(row["repeats"]), "threads": int(row["threads"])})
+            for row in csv.DictReader(stream)
+        ]
