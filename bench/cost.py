@@ -89,7 +89,11 @@ def main() -> None:
         for metric, unit, series in (
             ("time", "ms", values),
             ("ratio to forward", "×", [a / b for a, b in zip(values, samples["forward"], strict=True)]),
-            ("ratio to forward + input gradient", "×", [a / b for a, b in zip(values, samples["forward + input gradient"], strict=True)]),
+            (
+                "ratio to forward + input gradient",
+                "×",
+                [a / b for a, b in zip(values, samples["forward + input gradient"], strict=True)],
+            ),
         ):
             rows.append(Row(case="cost", provider=name, metric=metric, unit=unit, **spread(series), **common))
     for name, error in errors.items():

@@ -42,13 +42,19 @@ class Row:
 def environment(device: torch.device) -> dict[str, object]:
     """Device, threads and versions for a row."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, numpy {numpy.__version__}"
+    versions = (
+        f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, numpy {numpy.__version__}"
+    )
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or "CPU"
 
 
@@ -74,6 +80,14 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV written by ``write_rows``."""
     with path.open(newline="") as stream:
         return [
-            Row(**{**row, "batch": int(row["batch"]), "tokens": int(row["tokens"]), "repeats": int(row["repeats"]), "threads": int(row["threads"])})
+            Row(
+                **{
+                    **row,
+                    "batch": int(row["batch"]),
+                    "tokens": int(row["tokens"]),
+                    "repeats": int(row["repeats"]),
+                    "threads": int(row["threads"]),
+                }
+            )
             for row in csv.DictReader(stream)
         ]

@@ -121,8 +121,10 @@ def distil(
                     wanted = teacher(inputs).float()
                 logits = student(inputs).float()
             soft = F.kl_div(
-                F.log_softmax(logits / temperature, -1), F.log_softmax(wanted / temperature, -1),
-                log_target=True, reduction="batchmean",
+                F.log_softmax(logits / temperature, -1),
+                F.log_softmax(wanted / temperature, -1),
+                log_target=True,
+                reduction="batchmean",
             )
             loss = 0.5 * temperature**2 * soft + 0.5 * F.cross_entropy(logits, labels[indices])
             optimizer.zero_grad(set_to_none=True)
@@ -157,8 +159,14 @@ def main() -> None:
     student = student_from_teacher(teacher)
     started = time.perf_counter()
     distil(
-        student, teacher, train_images, train_labels,
-        epochs=options.epochs, batch=options.batch, learning_rate=options.learning_rate, seed=options.seed,
+        student,
+        teacher,
+        train_images,
+        train_labels,
+        epochs=options.epochs,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
     )
     minutes = (time.perf_counter() - started) / 60
 
@@ -176,14 +184,20 @@ def main() -> None:
         "training": {
             "data": "CIFAR-10 (Krizhevsky 2009), JPEG quality 75",
             "script": "examples/train_demo_model.py",
-            "epochs": options.epochs, "batch": options.batch, "learning_rate": options.learning_rate, "seed": options.seed,
-            "minutes": round(minutes, 1), "torch": torch.__version__,
+            "epochs": options.epochs,
+            "batch": options.batch,
+            "learning_rate": options.learning_rate,
+            "seed": options.seed,
+            "minutes": round(minutes, 1),
+            "torch": torch.__version__,
         },
         "test_accuracy_percent": round(measured, 2),
         "test_images": len(test_images),
     }
     options.output.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
-    print(f"test accuracy {measured:.2f} % on {len(test_images)} images; {options.output.stat().st_size / 1e6:.2f} MB; {minutes:.1f} min")
+    print(
+        f"test accuracy {measured:.2f} % on {len(test_images)} images; {options.output.stat().st_size / 1e6:.2f} MB; {minutes:.1f} min"
+    )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def test_low_precision_stays_within_the_error_budget(shape: str, dtype: torch.dt
 
 
 def _option_cases() -> list[tuple[str, dict[str, object]]]:
-    switches = [dict(zip(("aggregate", "length", "necc"), values, strict=True)) for values in itertools.product((True, False), repeat=3)]
+    switches = [
+        dict(zip(("aggregate", "length", "necc"), values, strict=True)) for values in itertools.product((True, False), repeat=3)
+    ]
     return [
         *(("tokentm", options) for options in switches),
         ("tokentm", {"score": "probability"}),
@@ -97,9 +99,14 @@ def test_every_option_changes_the_map() -> None:
     model = build_model()
     images = images_for(model, 2)
     for name, options in _option_cases():
-        differs = {key: value for key, value in options.items() if value != vitexplain.methods.REGISTRY[name]().__getattribute__(key)}
+        differs = {
+            key: value for key, value in options.items() if value != vitexplain.methods.REGISTRY[name]().__getattribute__(key)
+        }
         if differs:
-            default, changed = vitexplain.explain(model, images, method=name), vitexplain.explain(model, images, method=name, **options)
+            default, changed = (
+                vitexplain.explain(model, images, method=name),
+                vitexplain.explain(model, images, method=name, **options),
+            )
             assert relative_error(changed.maps, default.maps) > 1e-4, (name, options)
 
 

@@ -44,7 +44,9 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     if query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
         out, logsumexp, *extras, _ = _ATEN._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
         return out[..., :width], AttentionState("flash", logsumexp, logsumexp, tuple(extras))
-    out, logsumexp, *extras = _ATEN._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, False, scale=scale)
+    out, logsumexp, *extras = _ATEN._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, False, scale=scale
+    )
     return out[..., :width], AttentionState("efficient", logsumexp, logsumexp[..., :num_queries], tuple(extras))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedModelError
-from .fused_attention import AttentionState, attention_backward, attention_forward, leading_rows_backward
+from .fused_attention import attention_backward, attention_forward, leading_rows_backward
 from .models import Anatomy, BlockAnatomy
 
 
@@ -132,7 +132,7 @@ class _SdpaMode(TorchFunctionMode):
         super().__init__()
         self.handler = handler
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             result = self.handler(*args, **kwargs)
@@ -182,13 +182,8 @@ class Tap:
             stack.enter_context(torch.set_grad_enabled(self.request.gradient))
             stack.enter_context(_SdpaMode(self._attention))
             logits = self.anatomy.model(images)
-        for block in self.blocks[self.request.first_block :]:
-            if block.query is None:
-                name = type(block.anatomy.attention).__name__
-                raise UnsupportedModelError(
-                    f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, "
-                    "received no call"
-                )
+        for block in self.blocks:
+            self._expect_attention(block)
         return logits
 
     def rows_read_of(self, block: BlockTrace) -> int | None:
@@ -305,7 +300,15 @@ class Tap:
             return None
         return F.pad(out, (0, 0, 0, block.mid_tokens.shape[1] - out.shape[1]))
 
+    def _expect_attention(self, block: BlockTrace) -> None:
+        if block.query is None and block.index >= self.request.first_block:
+            name = type(block.anatomy.attention).__name__
+            raise UnsupportedModelError(
+                f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, received no call"
+            )
+
     def _observe(self, block: BlockTrace) -> None:
+        self._expect_attention(block)
         with torch.no_grad():
             for observer in self.request.observers:
                 block.observed[observer] = observer.observe(block)

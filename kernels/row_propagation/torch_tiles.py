@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dispatch import accumulation_dtype
 from ..tiles import product, tile_shape
 
+
 def row_propagation_tiles(
     query: Tensor,
     key: Tensor,

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import LOG2_E, check_dtype, dot_precision, head_splits, load_tokens, padded_head_dim, tile_config, with_unit_last_stride
+from ..triton_common import (
+    LOG2_E,
+    check_dtype,
+    dot_precision,
+    head_splits,
+    load_tokens,
+    padded_head_dim,
+    tile_config,
+    with_unit_last_stride,
+)
 
 BLOCK_ROWS = 32
 
@@ -105,7 +114,7 @@ def many_rows_kernel(
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < num_queries
         b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for i_h in range(0, num_heads):
+        for i_h in range(num_heads):
             i_bh = i_b * num_heads + i_h
             p_query = query + i_b * stride_query_batch + i_h * stride_query_head
             p_key = key + i_b * stride_key_batch + i_h * stride_key_head

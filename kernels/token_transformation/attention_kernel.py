@@ -34,7 +34,7 @@ def attention_token_transformation_kernel(
         o_w = start + tl.arange(0, BLOCK_W)
         b_tokens = load_tokens(p_tokens, stride_tokens_token, o_t, m_t, o_w, o_w < width).to(tl.float32)  # (BLOCK_T, BLOCK_W)
         b_tokens_sq += tl.sum(b_tokens * b_tokens, axis=1)
-    for i_h in range(0, num_heads):
+    for i_h in range(num_heads):
         i_bh = i_b * num_heads + i_h
         p_value = value + i_b * stride_value_batch + i_h * stride_value_head
         p_projection = projection + i_b * stride_projection_batch + i_h * stride_projection_head

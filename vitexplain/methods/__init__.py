@@ -81,9 +81,7 @@ def build_methods(method: str | Method | Iterable[str | Method], options: Mappin
         if not any(name in known for known in taken.values()):
             raise unknown_name(f"option of {', '.join(names)}", name, set().union(*taken.values()))
     return [
-        kind
-        if isinstance(kind, Method)
-        else kind(**{name: value for name, value in options.items() if name in taken[kind.name]})
+        kind if isinstance(kind, Method) else kind(**{name: value for name, value in options.items() if name in taken[kind.name]})
         for kind in kinds
     ]
 

@@ -93,7 +93,9 @@ def _image_size_check(model: VisionTransformer) -> Callable[[int, int, int], Non
 def _read_block(block: nn.Module, index: int) -> BlockAnatomy:
     kind = type(block).__name__
     if isinstance(block, ParallelThingsBlock):
-        raise UnsupportedModelError(f"block {index} ({kind}) runs {block.num_parallel} attentions side by side: expected one a block")
+        raise UnsupportedModelError(
+            f"block {index} ({kind}) runs {block.num_parallel} attentions side by side: expected one a block"
+        )
     if isinstance(block, DiffParallelScalingBlock) or type(getattr(block, "attn", None)).__name__ == "DiffAttention":
         raise UnsupportedModelError(f"block {index} ({kind}) subtracts two attention maps (differential attention): expected one")
     attention = getattr(block, "attn", block)  # a parallel-scaling block is its own attention

@@ -160,9 +160,7 @@ class DenseReference:
         pairs = list(zip(self.maps, gradients, strict=True))[start_block:]
         return self._chain([self._identity() + (p * g).clamp(min=0).mean(1) for p, g in pairs])
 
-    def _gmar(
-        self, target: Tensor, norm: str = "l1", alpha: float = 1.0, normalize: bool = True, start_block: int = 0
-    ) -> Tensor:
+    def _gmar(self, target: Tensor, norm: str = "l1", alpha: float = 1.0, normalize: bool = True, start_block: int = 0) -> Tensor:
         updates = []
         for attention, gradient in list(zip(self.maps, self._gradients(target, self.maps), strict=True))[start_block:]:
             size = gradient.abs().sum((-1, -2)) if norm == "l1" else gradient.square().sum((-1, -2)).sqrt()
@@ -222,7 +220,9 @@ class DenseReference:
         maps, logits, probabilities = [], [self._head(self.inputs[0])[index, target]], []
         for block, tokens in zip(self.model.blocks, self.inputs, strict=True):
             kept: list[Tensor] = []
-            handle = getattr(block, "attn", block).attn_drop.register_forward_hook(lambda _m, _i, out, kept=kept: kept.append(out))
+            handle = getattr(block, "attn", block).attn_drop.register_forward_hook(
+                lambda _m, _i, out, kept=kept: kept.append(out)
+            )
             try:
                 head = self._head(block(tokens.detach().requires_grad_()))
             finally:
