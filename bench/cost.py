@@ -86,16 +86,10 @@ def main() -> None:
     common = {"model": options.model, "batch": options.batch, "tokens": tokens, "dtype": options.dtype, **environment(device)}
     rows = []
     for name, values in samples.items():
-        for metric, unit, series in (
-            ("time", "ms", values),
-            ("ratio to forward", "×", [a / b for a, b in zip(values, samples["forward"], strict=True)]),
-            (
-                "ratio to forward + input gradient",
-                "×",
-                [a / b for a, b in zip(values, samples["forward + input gradient"], strict=True)],
-            ),
-        ):
-            rows.append(Row(case="cost", provider=name, metric=metric, unit=unit, **spread(series), **common))
+        rows.append(Row(case="cost", provider=name, metric="time", unit="ms", **spread(values), **common))
+        for base in ("forward", "forward + input gradient"):
+            ratios = [time / reference for time, reference in zip(values, samples[base], strict=True)]
+            rows.append(Row(case="cost", provider=name, metric=f"ratio to {base}", unit="×", **spread(ratios), **common))
     for name, error in errors.items():
         rows.append(Row(case="gate", provider=name, metric="relative error", unit="1", **spread([error]), **common))
     path = write_rows(RESULTS / device.type / f"cost_{options.model}_{options.dtype}.csv", rows)

@@ -74,10 +74,9 @@ def main() -> None:
     for tokens in IMAGE_SIZES:
         for provider, limit in (("matrix-free", 0.0), ("forward + input gradient", 0.0), ("dense", options.dense_limit_gb)):
             result = measure_apart(tokens, provider, options.method, limit)
-            common = {
-                "case": f"memory {options.method}", "provider": provider, "model": "vit_small_patch16", "batch": 1, "tokens": tokens,
-                "dtype": "float64" if provider == "dense" else "float32", **environment(torch.device("cpu")),
-            }  # fmt: skip
+            dtype = "float64" if provider == "dense" else "float32"
+            common = {"case": f"memory {options.method}", "provider": provider, "model": "vit_small_patch16", "batch": 1}
+            common |= {"tokens": tokens, "dtype": dtype, **environment(torch.device("cpu"))}
             for metric, unit, key in (("peak memory", "MiB", "mib"), ("time", "s", "seconds")):
                 failed = f"out of memory (limit {limit:g} GB)"
                 figures = spread([result[key]]) if result else {"p20": "", "p50": failed, "p80": "", "repeats": 1}

@@ -42,19 +42,20 @@ class Row:
 def environment(device: torch.device) -> dict[str, object]:
     """Device, threads and versions for a row."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = (
-        f"python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, numpy {numpy.__version__}"
-    )
+    packages = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+    }
+    versions = ", ".join(f"{package} {version}" for package, version in packages.items())
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "CPU"
 
 
@@ -79,15 +80,7 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV written by ``write_rows``."""
     with path.open(newline="") as stream:
+        counts = ("batch", "tokens", "repeats", "threads")
         return [
-            Row(
-                **{
-                    **row,
-                    "batch": int(row["batch"]),
-                    "tokens": int(row["tokens"]),
-                    "repeats": int(row["repeats"]),
-                    "threads": int(row["threads"]),
-                }
-            )
-            for row in csv.DictReader(stream)
+            Row(**{name: int(text) if name in counts else text for name, text in row.items()}) for row in csv.DictReader(stream)
         ]

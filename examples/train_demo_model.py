@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def decode_split(archive: dict[str, np.ndarray], split: str) -> tuple[torch.Tens
     pixels = np.stack(
         [
             np.asarray(Image.open(io.BytesIO(stream[start:stop].tobytes())).convert("RGB"))
-            for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
+            for start, stop in itertools.pairwise(offsets)
         ]
     )
     labels = torch.from_numpy(archive[f"{split}_labels"].astype(np.int64))
@@ -151,7 +152,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     with np.load(options.data) as archive:
-        data = {name: value for name, value in archive.items()}
+        data = dict(archive.items())
     train_images, train_labels = decode_split(data, "train")
     test_images, test_labels = decode_split(data, "test")
     teacher = VisionTransformer(depth=TEACHER_DEPTH, **SHARED_CONFIG)
@@ -195,9 +196,8 @@ def main() -> None:
         "test_images": len(test_images),
     }
     options.output.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
-    print(
-        f"test accuracy {measured:.2f} % on {len(test_images)} images; {options.output.stat().st_size / 1e6:.2f} MB; {minutes:.1f} min"
-    )
+    size = options.output.stat().st_size / 1e6
+    print(f"test accuracy {measured:.2f} % on {len(test_images)} images; {size:.2f} MB; {minutes:.1f} min")
 
 
 if __name__ == "__main__":

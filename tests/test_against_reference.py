@@ -77,7 +77,10 @@ def _option_cases() -> list[tuple[str, dict[str, object]]]:
         ("tokentm", {"necc_scale": "n"}),
         ("tokentm", {"start_block": 1}),
         ("tokentm", {"start_block": 2, "length": False}),
-        *(("gmar", {"norm": norm, "alpha": alpha, "normalize": normalize}) for norm in ("l1", "l2") for alpha in (1.0, 0.3) for normalize in (True, False)),
+        *(
+            ("gmar", {"norm": norm, "alpha": alpha, "normalize": normalize})
+            for norm, alpha, normalize in itertools.product(("l1", "l2"), (1.0, 0.3), (True, False))
+        ),
         ("gmar", {"start_block": 1, "alpha": 0.0}),
         *(("iba", {"relevance": relevance}) for relevance in ("gradient", "gain", "probability", "uniform")),
         ("rollout", {"start_block": 1}),

@@ -285,13 +285,13 @@ def test_a_model_that_overflows_is_reported(model, images) -> None:
 def test_attention_that_does_something_else_is_refused_at_run_time(model, images, monkeypatch) -> None:
     attention = model.blocks[1].attn
     monkeypatch.setattr(attention, "forward", lambda x, **_: attention.proj(x))
-    with pytest.raises(UnsupportedModelError, match="block 1.*received no call"):
+    with pytest.raises(UnsupportedModelError, match=r"block 1.*received no call"):
         vitexplain.explain(model, images)
     monkeypatch.undo()
+    masked = build_model()
+    forward = masked.forward
+    monkeypatch.setattr(masked, "forward", lambda x: forward(x, is_causal=True))
     with pytest.raises(UnsupportedModelError, match=r"block 0 \(Block\).*received a mask"):
-        masked = build_model()
-        forward = masked.forward
-        monkeypatch.setattr(masked, "forward", lambda x: forward(x, is_causal=True))
         vitexplain.explain(masked, images)
 
 

@@ -169,9 +169,7 @@ class Explainer:
             ):
                 values[method.name].append(result)
         return {
-            name: torch.stack(results, 1)
-            if len(results) == num_targets
-            else results[0].unsqueeze(1).expand(-1, num_targets, -1, -1)
+            name: torch.stack(results if len(results) == num_targets else results * num_targets, 1)
             for name, results in values.items()
         }
 
@@ -185,10 +183,8 @@ class Explainer:
         grid = self.anatomy.grid(*images.shape[-2:])
         explanations = {}
         for method in self.methods:
-            maps = [
-                reference.explain(method.name, columns[:, k], rows=self.rows, **asdict(method)) for k in range(columns.shape[1])
-            ]
-            values = torch.stack(maps, 1)
+            explained = [reference.explain(method.name, column, rows=self.rows, **asdict(method)) for column in columns.unbind(1)]
+            values = torch.stack(explained, 1)
             if self.rows is None:
                 values = values.unsqueeze(2)
             pooling = reference.pooling.unsqueeze(1)

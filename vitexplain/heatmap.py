@@ -65,9 +65,8 @@ def as_photo(image: object) -> Image.Image:
         image = image.detach().cpu()
         if image.is_floating_point():
             if image.min() < 0 or image.max() > 1:
-                raise InputError(
-                    f"image: expected values in [0, 1] (before normalisation), received {float(image.min()):.3g} to {float(image.max()):.3g}"
-                )
+                low, high = float(image.min()), float(image.max())
+                raise InputError(f"image: expected values in [0, 1] (before normalisation), received {low:.3g} to {high:.3g}")
             image = (image * 255).round().to(torch.uint8)
         return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:

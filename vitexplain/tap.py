@@ -304,7 +304,8 @@ class Tap:
         if block.query is None and block.index >= self.request.first_block:
             name = type(block.anatomy.attention).__name__
             raise UnsupportedModelError(
-                f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, received no call"
+                f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, "
+                "received no call"
             )
 
     def _observe(self, block: BlockTrace) -> None:

@@ -36,9 +36,7 @@ class TokenTM(Method):
 
     name: ClassVar[str] = "tokentm"
     title: ClassVar[str] = "TokenTM / VTranM"
-    paper: ClassVar[str] = (
-        "Token Transformation Matters: Towards Faithful Post-hoc Explanation for Vision Transformer (CVPR 2024)"
-    )
+    paper: ClassVar[str] = "Token Transformation Matters (CVPR 2024; first as VTranM)"
     cost: ClassVar[str] = "forward + backward + one attention forward per block"
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
