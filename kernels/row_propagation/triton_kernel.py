@@ -60,7 +60,6 @@ def single_row_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_n, m_d = o_n < num_keys, o_d < HEAD_DIM
-    scale_log2 = scale_log2.to(tl.float32)
     b_out = tl.zeros((BLOCK_N,), dtype=tl.float32)
     first_head = i_split * heads_per_split
     for i_h in range(first_head, tl.minimum(first_head + heads_per_split, num_heads)):
@@ -107,7 +106,6 @@ def many_rows_kernel(
     o_k = i_k * BLOCK_K + tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)
     m_n, m_k, m_d = o_n < num_keys, o_k < num_rows, o_d < HEAD_DIM
-    scale_log2 = scale_log2.to(tl.float32)
     p_rows = rows + (i_b * num_rows + o_k.to(tl.int64)) * num_queries  # (BLOCK_K,)
     b_out = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for start in range(0, num_queries, BLOCK_M):
