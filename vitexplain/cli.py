@@ -1,0 +1,409 @@
+"""The command line: ``vitexplain explain``, ``vitexplain list``, ``vitexplain demo``.
+
+Heavy imports wait until a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .explanation import Explanation
+    from .loading import LoadedModel
+
+app = typer.Typer(
+    name="vitexplain",
+    help="Explain Vision Transformers: see where a model looked, at the price of fused attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
+ARRAYS = ".npz"
+
+
+class _Failure(Exception):
+    """A one-line message for the person at the terminal."""
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(f"vitexplain {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="One photo or many.", metavar="IMAGE...", show_default=False)],
+    model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
+    weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Method; repeat for several, 'all' for all. Default: tokentm.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="A method's option as NAME=VALUE; repeat. See 'vitexplain list'.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", help="Class to explain, number or name; repeat. Default: the predicted one."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Picture or .npz for one photo, folder for many. Default: NAME_explained.png in the current folder."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Photos explained at once.", min=1)] = 8,
+    top: Annotated[int, typer.Option(help="How many top classes to print.", min=1)] = 5,
+) -> None:
+    """Explain photos: the top classes on screen, the heat maps in a file.
+
+    A photo that cannot be read is reported and does not stop the others. Exit code 0: all explained; 1: an error, in one line.
+    """
+    settings = {"method": method, "option": option, "target": target, "device": device, "backend": backend, "dtype": dtype}
+    _guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, **settings))
+
+
+@app.command("list")
+def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the methods: paper, cost, options."""
+    from .methods import list_methods as listed
+
+    if as_json:
+        typer.echo(json.dumps([asdict(info) for info in listed()], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_lines=True, title="Methods")
+    for column in ("name", "paper", "cost", "options"):
+        table.add_column(column, overflow="fold")
+    for info in listed():
+        options = "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in info.options) or "–"
+        rows = "; all rows" if info.all_rows else ""
+        kind = "class-specific" if info.class_specific else "the same for every class"
+        table.add_row(f"[bold]{info.name}[/bold]\n{info.title}", info.paper, f"{info.cost}\n({kind}{rows})", options)
+    Console().print(table)
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("vitexplain_demo.png")) -> None:
+    """Explain scikit-image's cat with the shipped model, by every method."""
+
+    def run() -> None:
+        try:
+            from skimage import data
+        except ImportError as error:
+            raise _Failure("the demo's photo comes with scikit-image: pip install 'vitexplain[demo]'") from error
+        from PIL import Image
+
+        _explain_one("scikit-image's cat", Image.fromarray(data.chelsea()), output)
+
+    _guarded(run)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+# -- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _guarded(work: Any) -> None:
+    """Run; known errors become one line on standard error and exit code 1."""
+    _fail_fast_offline()
+    from .errors import ExplanationError
+
+    try:
+        work()
+    except (_Failure, ExplanationError) as error:
+        _complain(str(error))
+        raise typer.Exit(1) from error
+    except RuntimeError as error:  # a backend that cannot run here, memory that does not suffice
+        _complain(str(error).strip().splitlines()[0])
+        raise typer.Exit(1) from error
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+
+
+def _fail_fast_offline() -> None:
+    """Where the model hub's name does not resolve, use its cache alone instead of retrying for a minute."""
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "hf_hub_offline") for name in os.environ):
+        return
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _explain(
+    paths: list[Path],
+    model_name: str,
+    weights: Path | None,
+    output: Path | None,
+    as_json: bool,
+    batch: int,
+    top: int,
+    **settings: Any,
+) -> None:
+    from .loading import load_model
+
+    many = len(paths) > 1
+    _check_output(output, many)
+    session = _Session(load_model(model_name, weights), **settings)
+    destinations = _destinations(paths, output)
+    records, failed = [], 0
+    with _progress(len(paths), enabled=many and not as_json) as advance:
+        for start in range(0, len(paths), batch):
+            group = list(zip(paths, destinations, strict=True))[start : start + batch]
+            done = _explain_group(session, group, top)
+            failed += len(group) - len(done)
+            records += done
+            advance(len(group))
+    if as_json:
+        typer.echo(json.dumps(records, indent=2))
+    else:
+        for record in records:
+            _print_record(record)
+    if failed:
+        raise _Failure(f"{failed} of {len(paths)} photos could not be explained") if many else typer.Exit(1)
+
+
+def _explain_group(session: _Session, group: list[tuple[Path, Path]], top: int) -> list[dict[str, Any]]:
+    """Explain what can be read of a batch; report the rest."""
+    from .errors import InputError
+    from .loading import load_photo
+
+    readable = []
+    for path, destination in group:
+        try:
+            readable.append((path, load_photo(path), destination))
+        except InputError as error:
+            _complain(str(error))
+    if not readable:
+        return []
+    explanations = session.attribute([photo for _, photo, _ in readable])
+    return [
+        session.record(explanations, i, str(path), photo, destination, top)
+        for i, (path, photo, destination) in enumerate(readable)
+    ]
+
+
+def _explain_one(name: str, photo: Image.Image, output: Path) -> None:
+    from .loading import DEMO, load_model
+
+    _check_output(output, many=False)
+    session = _Session(load_model(DEMO), method=["all"])
+    _print_record(session.record(session.attribute([photo]), 0, name, photo, output, 5))
+
+
+class _Session:
+    """A model and an explainer, and how their results are written."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        method: list[str] | None = None,
+        option: list[str] | None = None,
+        target: list[str] | None = None,
+        device: str = "auto",
+        backend: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        import torch
+
+        from .explainer import Explainer
+        from .methods import REGISTRY
+
+        if device not in ("auto", "cpu", "cuda"):
+            raise _Failure(f"device: expected auto, cpu or cuda, received {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise _Failure("device: expected a CUDA device, received a machine without one")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise _Failure(f"dtype: expected float32, bfloat16 or float16, received {dtype!r}")
+        names = list(REGISTRY) if method and "all" in method else method or ["tokentm"]
+        self.loaded = loaded
+        self.device = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+        self.dtype = getattr(torch, dtype)
+        self.targets = [loaded.class_index(text) for text in target or []]
+        self.explainer = Explainer(loaded.model.to(self.device, self.dtype), names, backend, **_parse_options(option or []))
+
+    def attribute(self, photos: list[Image.Image]) -> dict[str, Explanation]:
+        """Explain photos of any size and shape."""
+        import torch
+
+        images = torch.stack([self.loaded.transform(photo) for photo in photos]).to(self.device, self.dtype)
+        return self.explainer.attribute(images, [self.targets] * len(photos) if self.targets else None)
+
+    def record(
+        self, explanations: dict[str, Explanation], index: int, name: str, photo: Image.Image, destination: Path, top: int
+    ) -> dict[str, Any]:
+        """Write one photo's maps and return what there is to say about it."""
+        first = next(iter(explanations.values()))
+        probabilities = first.logits[index].float().softmax(-1)
+        values, classes = probabilities.topk(min(top, len(probabilities)))
+        target = first.target[index].reshape(-1).tolist()
+        return {
+            "image": name,
+            "model": self.loaded.name,
+            "methods": list(explanations),
+            "target": [{"class": c, "name": self.loaded.class_name(c)} for c in target],
+            "top": [
+                {"class": c, "name": self.loaded.class_name(c), "probability": round(p, 6)}
+                for c, p in zip(classes.tolist(), values.tolist(), strict=True)
+            ],
+            "output": [str(path) for path in self._write(explanations, index, photo, destination, target)],
+        }
+
+    def _write(
+        self, explanations: dict[str, Explanation], index: int, photo: Image.Image, destination: Path, target: list[int]
+    ) -> list[Path]:
+        if destination.suffix.lower() == ARRAYS:
+            single = len(explanations) == 1
+            return [
+                e.save(destination if single else destination.with_stem(f"{destination.stem}_{name}"))
+                for name, e in explanations.items()
+            ]
+        from .visualize import save_panel
+
+        maps = {}
+        for name, explanation in explanations.items():
+            grids = explanation.maps[index].reshape(len(target), *explanation.maps.shape[-2:])
+            for c, grid in zip(target, grids, strict=True):
+                maps[name if len(target) == 1 else f"{name}: {self._short_name(c)}"] = grid.cpu()
+        title = "Where the model looked for " + ", ".join(repr(self._short_name(c)) for c in target)
+        return [save_panel(destination, self.loaded.display(photo), maps, title=title)]
+
+    def _short_name(self, index: int) -> str:
+        return self.loaded.class_name(index).partition(",")[0]
+
+
+def _parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; values are read as true, false, whole number, number or text."""
+    from .methods import REGISTRY
+
+    texts = {o.name for kind in REGISTRY.values() for o in kind.options() if isinstance(o.default, str)}
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not (name and equals and text):
+            raise _Failure(f"option: expected NAME=VALUE, received {pair!r}")
+        parsed[name] = text if name in texts else _parse_value(text)
+    return parsed
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _check_output(output: Path | None, many: bool) -> None:
+    """Refuse, before any work, an output that cannot be written."""
+    if many:
+        folder = output or Path()
+        if output is not None and output.suffix.lower() in (*PICTURES, ARRAYS):
+            raise _Failure(f"output: expected a folder for several photos, received {str(output)!r}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+        return
+    if output is None or output.is_dir():
+        return
+    if output.suffix.lower() not in (*PICTURES, ARRAYS):
+        raise _Failure(
+            f"output: expected a file ending in {', '.join((*PICTURES, ARRAYS))} or a folder, received {str(output)!r}"
+        )
+    if not output.parent.is_dir():
+        raise _Failure(f"output: expected a file in an existing folder, received {str(output)!r}")
+
+
+def _destinations(paths: list[Path], output: Path | None) -> list[Path]:
+    """Where each photo's maps go; photos of one name get a number."""
+    if len(paths) == 1 and output is not None and not output.is_dir():
+        return [output]
+    folder, taken, destinations = output or Path(), set(), []
+    for path in paths:
+        name, number = f"{path.stem}_explained.png", 2
+        while name in taken:
+            name, number = f"{path.stem}_{number}_explained.png", number + 1
+        taken.add(name)
+        destinations.append(folder / name)
+    return destinations
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['image']} · {record['model']}", title_justify="left")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    explained = {entry["class"] for entry in record["target"]}
+    for entry in record["top"]:
+        mark = " ← explained" if entry["class"] in explained else ""
+        table.add_row(f"{entry['name']}{mark}", f"{100 * entry['probability']:.1f} %")
+    console = Console()
+    console.print(table)
+    others = [entry["name"] for entry in record["target"] if entry["class"] not in {top["class"] for top in record["top"]}]
+    if others:
+        console.print(f"explained: {', '.join(others)}")
+    for path in record["output"]:
+        typer.echo(f"heat maps: {path}")
+
+
+class _progress:
+    """A progress bar on standard error; calls nothing where it is not enabled."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
+        self.total = total
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        task = self.bar.add_task("explaining", total=self.total)
+        return lambda count: self.bar.advance(task, count)
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+
+if __name__ == "__main__":
+    main()

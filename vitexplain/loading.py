@@ -1,0 +1,415 @@
+"""Models by name, weights from files, and photos from files, each with one-line errors for what cannot be read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import timm.data
+import torch
+from PIL import Image, ImageOps
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .errors import InputError, unknown_name
+from .heatmap import as_photo
+
+DEMO = "demo"
+DISPLAY_SIDE = 448
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+MAX_SIDE_RATIO = 100
+
+_DEMO_FILES = "demo_vit_cifar10"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be explained, with what belongs to it.
+
+    Attributes:
+        name: the name it was asked for by.
+        model: in evaluation mode, on its device.
+        transform: from an RGB photo to the model's input (3, h, w), normalised, float32.
+        display_transform: from an RGB photo to what the model saw of it, (3, h·s, w·s) uint8, not normalised.
+        class_names: one name a class, or None where they are not known.
+        mean, std: the normalisation, three values each.
+        input_size: height and width of the model's input.
+    """
+
+    name: str
+    model: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    display_transform: Callable[[Image.Image], Tensor]
+    class_names: tuple[str, ...] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int]
+
+    def display(self, photo: Image.Image) -> Image.Image:
+        """The part of the photo that the model saw, at a resolution for people: the shorter side has at least 448 pixels."""
+        return as_photo(self.display_transform(photo.convert("RGB")))
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or ``"class 7"`` where names are not known."""
+        return self.class_names[index] if self.class_names else f"class {index}"
+
+    def find_class(self, text: str) -> int:
+        """The class meant by an index or a name; upper and lower case, and which synonym of a name, do not matter.
+
+        Raises:
+            InputError: an index that is out of range, a name where names are not known, or a name of several classes.
+            UnknownNameError: no class has that name; the message lists near ones.
+        """
+        count = int(self.model.num_classes)
+        try:
+            index = int(text)
+        except ValueError:
+            return self._find_class_by_name(text)
+        if not 0 <= index < count:
+            raise InputError(f"target: expected a class from 0 to {count - 1}, received {index}")
+        return index
+
+    def _find_class_by_name(self, text: str) -> int:
+        if self.class_names is None:
+            raise InputError(f"target: expected the index of a class, as the names are not known; received {text!r}")
+        wanted = text.strip().casefold()
+        whole = [index for index, name in enumerate(self.class_names) if name.casefold() == wanted]
+        found = whole or [index for index, name in enumerate(self.class_names) if wanted in _synonyms(name)]
+        if len(found) > 1:
+            meant = ", ".join(f"{index} ({self.class_names[index]})" for index in found)
+            raise InputError(f"target: expected the name of one class, received {text!r}, which is the name of {meant}")
+        if not found:
+            raise unknown_name("class", wanted, {synonym for name in self.class_names for synonym in _synonyms(name)})
+        return found[0]
+
+
+def load_model(
+    name: str,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """A model by name, with its preprocessing and class names.
+
+    Args:
+        name: ``"demo"``, the small CIFAR-10 model that comes with this package, or the name of a timm model.
+        weights: file of a state dict (.safetensors, .pth, .pt, .bin); None for the demo's own or timm's pretrained weights,
+            which are downloaded. The number of classes is read from the file.
+        device: where the model is put; ``"auto"`` is CUDA where there is a device, else the CPU.
+        dtype: the model's dtype; the transform's output stays float32.
+
+    Raises:
+        UnknownNameError: no model has that name.
+        InputError: the weights cannot be downloaded, read, or do not fit; or there is no such device.
+    """
+    place = resolve_device(device)
+    state = None if weights is None else read_state_dict(weights)
+    try:
+        if name == DEMO:
+            model, config, class_names = _demo(state, weights)
+        else:
+            model, config, class_names = _timm(name, state, weights)
+        model = model.eval().to(place, dtype)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"device: {place} has not enough free memory for model {name!r}") from error
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise InputError(f"model: expected one that takes RGB photos, received {name!r}, which takes {channels} channels")
+    return LoadedModel(
+        name=name,
+        model=model,
+        transform=timm.data.create_transform(**config, is_training=False),
+        display_transform=_display_transform(config),
+        class_names=class_names,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        input_size=(height, width),
+    )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` or a device's name as a device that exists.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: expected one that is available here, received {str(device)!r}: {_brief(error)}") from error
+    return place
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _demo(state: dict[str, Tensor] | None, source: str | Path | None) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """The shipped model, its data configuration, and its class names."""
+    assets = resources.files("vitexplain") / "assets"
+    card = json.loads((assets / f"{_DEMO_FILES}.json").read_text(encoding="utf-8"))
+    if state is None:
+        state = _float32(safetensors.torch.load((assets / f"{_DEMO_FILES}.safetensors").read_bytes()))
+    model = VisionTransformer(**card["arguments"])
+    _fill(model, state, source or DEMO, DEMO)
+    side = card["arguments"]["img_size"]
+    config = dict(
+        input_size=(3, side, side), interpolation="bicubic", crop_pct=1.0, crop_mode="center", mean=card["mean"], std=card["std"]
+    )
+    return model, config, tuple(card["class_names"])
+
+
+def _timm(
+    name: str, state: dict[str, Tensor] | None, source: str | Path | None
+) -> tuple[nn.Module, dict[str, Any], tuple[str, ...] | None]:
+    """A timm model, its data configuration, and its class names where it was trained on ImageNet."""
+    _check_name(name)
+    model = _create(name, pretrained=state is None)
+    if state is not None:
+        num_classes = _num_classes(model, state)
+        if num_classes not in (None, model.num_classes):
+            model = _create(name, pretrained=False, num_classes=num_classes)
+        _fill(model, state, source, name)
+    return model, timm.data.resolve_model_data_config(model), _imagenet_names(model)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know; names of models on a hub or in a folder cannot be known beforehand."""
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:", "timm/")):
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise unknown_name("model", name, [*timm.list_models(), DEMO])
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tagged:
+        raise unknown_name("model", name, [architecture, *tagged])
+
+
+def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
+    """``timm.create_model``, whose many ways to fail on the way to a hub become one line."""
+    with _quiet("huggingface_hub", "timm"):
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the errors of the hub's client and of its transport have no common base
+            if not pretrained:
+                raise InputError(f"model: cannot build {name!r}: {_brief(error)}") from error
+            raise InputError(
+                f"model: the pretrained weights of {name!r} cannot be had here; pass a file with --weights FILE ({_brief(error)})"
+            ) from error
+
+
+def _imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return None
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(model.num_classes))
+
+
+def _synonyms(name: str) -> set[str]:
+    return {synonym.strip().casefold() for synonym in name.split(",")}
+
+
+def _display_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """The geometric part of a model's transform, at a whole multiple of its input size."""
+    channels, height, width = config["input_size"]
+    factor = max(1, -(-DISPLAY_SIDE // min(height, width)))
+    larger = {**config, "input_size": (channels, height * factor, width * factor)}
+    return timm.data.create_transform(**larger, is_training=False, normalize=False)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, in float32; ``{"state_dict": …}`` and ``{"model": …}`` around it are taken off.
+
+    Raises:
+        InputError: no such file, not readable as weights, or a file that would run code when read.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WEIGHT_SUFFIXES:
+        raise InputError(f"weights: expected a file ending in {', '.join(WEIGHT_SUFFIXES)}, received {path.name!r}")
+    check_file(path, "weights")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything inside a parser
+        raise InputError(_why_unreadable(path, error)) from error
+    return _float32(_unwrap_state(content, path))
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)|[Uu]nrecognized function", str(error))
+    if isinstance(error, OSError):
+        return f"weights: cannot read {str(path)!r}: {error.strerror or error}"
+    if code is None:
+        return f"weights: cannot read {str(path)!r}: not a file of weights, or damaged ({type(error).__name__})"
+    what = code.group(1) or "objects other than tensors"
+    return (
+        f"weights: refused {str(path)!r}: it holds {what}, and unpickling that could run any code; "
+        "expected tensors only (a state_dict, better as .safetensors)"
+    )
+
+
+def _unwrap_state(content: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"weights: expected a state dict of tensors in {str(path)!r}, received {_describe(content)}")
+    if all(str(key).startswith("module.") for key in content):  # saved from inside a data-parallel wrapper
+        return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return dict(content)
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+        return f"a dict with other values under {_some(odd)}" if odd else "an empty dict"
+    return type(content).__name__
+
+
+def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _num_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes that the head in a state dict has; None where there is no head of the model's name."""
+    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    weight = state.get(f"{head if isinstance(head, str) else head[0]}.weight")
+    return None if weight is None or weight.dim() != 2 else len(weight)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], source: object, name: str) -> None:
+    """Strictly load a state dict.
+
+    Raises:
+        InputError: it does not fit; the message names a few of the keys.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    wrong = [
+        f"{key} (expected {tuple(own[key].shape)}, received {tuple(state[key].shape)})"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
+    problems = "; ".join(f"{what} {_some(keys)}" for what, keys in parts if keys)
+    if problems:
+        raise InputError(f"weights: {str(source)!r} does not fit model {name!r}: {problems}")
+    model.load_state_dict(state)
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
+
+
+# -- photos ------------------------------------------------------------------------------------------------------------
+
+
+def load_photo(path: str | Path) -> Image.Image:
+    """The photo in a file as RGB, upright; transparent parts become white, 16-bit values are scaled, and of an animation
+    the first frame is taken.
+
+    Raises:
+        InputError: no such file, or it cannot be read as an image.
+    """
+    path = Path(path)
+    check_file(path, "photo")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large photos and odd metadata
+            with Image.open(path) as image:
+                image.load()
+                photo = to_rgb(ImageOps.exif_transpose(image))
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"photo: {str(path)!r} is not an image in a known format") from error
+    except Exception as error:  # a damaged file can raise anything inside a decoder
+        raise InputError(f"photo: cannot read {str(path)!r}: {_brief(error)}") from error
+    if max(photo.size) > MAX_SIDE_RATIO * min(photo.size):
+        raise InputError(
+            f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {photo.width} × {photo.height} in {str(path)!r}"
+        )
+    return photo
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: integers of 16 bits are scaled to 8, and what is transparent becomes white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 65535], or for floats also in [0, 1] or [0, 255] if none is larger, to [0, 255]."""
+    top = 65535.0
+    if values.dtype.kind == "f":
+        largest = float(np.nanmax(values))
+        top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
+    return np.rint(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
+
+
+# -- files and messages ------------------------------------------------------------------------------------------------
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise ``InputError`` where a path is not a file with something in it."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{what}: expected a file, received the directory {str(path)!r}")
+        if not path.exists():
+            raise InputError(f"{what}: there is no file {str(path)!r}")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{what}: the file {str(path)!r} is empty (0 bytes)")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}: cannot read {str(path)!r}: {_brief(error)}") from error
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, at most 160 characters."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    line = str(text).splitlines()[0]
+    return line if len(line) <= 160 else line[:159] + "…"
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Silence loggers below errors: retries and defaults are reported once, by the exception."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
