@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import methods
-from .errors import ExplanationError, InputError, UnknownNameError, UnsupportedModelError
-from .explainer import Explainer, explain
-from .explanation import Explanation
+if TYPE_CHECKING:
+    from . import methods as methods
+    from .errors import ExplanationError, InputError, UnknownNameError, UnsupportedModelError
+    from .explainer import Explainer, explain
+    from .explanation import Explanation
 
-try:
-    __version__ = version("vitexplain")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "Explainer",
@@ -25,3 +24,40 @@ __all__ = [
     "explain",
     "methods",
 ]
+
+# Where each name comes from; loaded at first use, so that importing this package does not load torch.
+_HOMES = {
+    "Explainer": "explainer",
+    "Explanation": "explanation",
+    "ExplanationError": "errors",
+    "InputError": "errors",
+    "UnknownNameError": "errors",
+    "UnsupportedModelError": "errors",
+    "explain": "explainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name == "methods":
+        value = import_module(".methods", __name__)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vitexplain")
+    except PackageNotFoundError:  # imported from a source tree that was never installed
+        return "0+unknown"
