@@ -181,6 +181,7 @@ def main() -> None:
         "arguments": {**SHARED_CONFIG, "depth": STUDENT_DEPTH},
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
+        "crop_mode": "squash",  # CIFAR's photos are tight on their subject: take the whole photo, squeezed to a square
         "class_names": [str(name) for name in data["class_names"]],
         "training": {
             "data": "CIFAR-10 (Krizhevsky 2009), JPEG quality 75",

@@ -91,7 +91,9 @@ def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...
         for size, wanted in zip(tensor.shape, expected, strict=True):
             if isinstance(wanted, str):
                 sizes.setdefault(wanted, size)
-        if all(size == (sizes[want] if isinstance(want, str) else want) for size, want in zip(tensor.shape, expected, strict=True)):
+        if all(
+            size == (sizes[want] if isinstance(want, str) else want) for size, want in zip(tensor.shape, expected, strict=True)
+        ):
             return
     wanted_text = ", ".join(f"{want}={sizes[want]}" if want in sizes else str(want) for want in expected)
     raise ValueError(f"{name}: expected shape ({wanted_text}), received {tuple(tensor.shape)}")

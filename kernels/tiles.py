@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of a tile: two float32 tiles of this size stay in a processor's second-level cache.
-TILE_ELEMENTS = 1 << 18
+# Elements of a tile: 4 MiB in float32. Larger tiles gain little on a CPU (measured from 2^16 to 2^21 at 197 to 4097 tokens).
+TILE_ELEMENTS = 1 << 20
 # On an accelerator a larger tile keeps the machine busy; the memory bound stays independent of the number of tokens.
 ACCELERATOR_TILE_ELEMENTS = 1 << 24
 MINIMUM_TILE_ROWS = 16

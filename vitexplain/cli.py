@@ -133,11 +133,12 @@ def main() -> None:
 
 def _guarded(work: Any) -> None:
     """Run; known errors become one line on standard error and exit code 1."""
-    _fail_fast_offline()
     from .errors import ExplanationError
 
     try:
         work()
+    except typer.Exit:  # a RuntimeError to Python
+        raise
     except (_Failure, ExplanationError) as error:
         _complain(str(error))
         raise typer.Exit(1) from error
@@ -173,6 +174,8 @@ def _explain(
     top: int,
     **settings: Any,
 ) -> None:
+    if model_name != "demo" and weights is None:
+        _fail_fast_offline()  # before the hub's client is imported
     from .loading import load_model
 
     many = len(paths) > 1
@@ -210,10 +213,13 @@ def _explain_group(session: _Session, group: list[tuple[Path, Path]], top: int) 
     if not readable:
         return []
     explanations = session.attribute([photo for _, photo, _ in readable])
-    return [
-        session.record(explanations, i, str(path), photo, destination, top)
-        for i, (path, photo, destination) in enumerate(readable)
-    ]
+    records = []
+    for i, (path, photo, destination) in enumerate(readable):
+        try:
+            records.append(session.record(explanations, i, str(path), photo, destination, top))
+        except InputError as error:  # it cannot be written
+            _complain(str(error))
+    return records
 
 
 def _explain_one(name: str, photo: Image.Image, output: Path) -> None:

@@ -64,23 +64,23 @@ class LoadedModel:
         """The name of a class, or ``"class 7"`` where names are not known."""
         return self.class_names[index] if self.class_names else f"class {index}"
 
-    def find_class(self, text: str) -> int:
+    def class_index(self, text: str) -> int:
         """The class meant by an index or a name; upper and lower case, and which synonym of a name, do not matter.
 
         Raises:
             InputError: an index that is out of range, a name where names are not known, or a name of several classes.
             UnknownNameError: no class has that name; the message lists near ones.
         """
-        count = int(self.model.num_classes)
+        count: int = self.model.num_classes  # type: ignore[assignment]
         try:
             index = int(text)
         except ValueError:
-            return self._find_class_by_name(text)
+            return self._class_index_by_name(text)
         if not 0 <= index < count:
             raise InputError(f"target: expected a class from 0 to {count - 1}, received {index}")
         return index
 
-    def _find_class_by_name(self, text: str) -> int:
+    def _class_index_by_name(self, text: str) -> int:
         if self.class_names is None:
             raise InputError(f"target: expected the index of a class, as the names are not known; received {text!r}")
         wanted = text.strip().casefold()
@@ -158,7 +158,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def _demo(state: dict[str, Tensor] | None, source: str | Path | None) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+def _demo(state: dict[str, Tensor] | None, source: str | Path | None) -> tuple[nn.Module, dict[str, Any], tuple[str, ...] | None]:
     """The shipped model, its data configuration, and its class names."""
     assets = resources.files("vitexplain") / "assets"
     card = json.loads((assets / f"{_DEMO_FILES}.json").read_text(encoding="utf-8"))
@@ -168,7 +168,12 @@ def _demo(state: dict[str, Tensor] | None, source: str | Path | None) -> tuple[n
     _fill(model, state, source or DEMO, DEMO)
     side = card["arguments"]["img_size"]
     config = dict(
-        input_size=(3, side, side), interpolation="bicubic", crop_pct=1.0, crop_mode="center", mean=card["mean"], std=card["std"]
+        input_size=(3, side, side),
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode=card["crop_mode"],
+        mean=card["mean"],
+        std=card["std"],
     )
     return model, config, tuple(card["class_names"])
 
@@ -219,7 +224,7 @@ def _imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
     if subset is None:
         return None
     info = timm.data.ImageNetInfo(subset)
-    return tuple(info.index_to_description(index) for index in range(model.num_classes))
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
 def _synonyms(name: str) -> set[str]:
@@ -260,12 +265,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class)|[Uu]nrecognized function", str(error))
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    code = named or re.search(r"Unsupported (?:global|class)|[Uu]nrecognized function", str(error))
     if isinstance(error, OSError):
         return f"weights: cannot read {str(path)!r}: {error.strerror or error}"
     if code is None:
         return f"weights: cannot read {str(path)!r}: not a file of weights, or damaged ({type(error).__name__})"
-    what = code.group(1) or "objects other than tensors"
+    what = named.group(1) if named else "objects other than tensors"
     return (
         f"weights: refused {str(path)!r}: it holds {what}, and unpickling that could run any code; "
         "expected tensors only (a state_dict, better as .safetensors)"

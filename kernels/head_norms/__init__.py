@@ -1,7 +1,7 @@
 """Norms of the attention map's gradient G_h = grad_out_h · value_hᵀ per head, without forming it.
 
-    L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
-    L1: Σ_ij |grad_out_h,i · value_h,j|                              tiles, O(n²·dh), O(n) memory
+L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
+L1: Σ_ij |grad_out_h,i · value_h,j|                              tiles, O(n²·dh), O(n) memory
 """
 
 from __future__ import annotations

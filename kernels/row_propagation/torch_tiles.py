@@ -34,7 +34,7 @@ def row_propagation_tiles(
     for b in range(batch):
         for first_head in range(0, heads, head_step):
             h = slice(first_head, min(first_head + head_step, heads))
-            keys_t = key[b, h].to(dtype).transpose(1, 2)
+            keys_t = _with_ones(key[b, h].to(dtype)).transpose(1, 2)
             values_t = value[b, h].to(dtype).transpose(1, 2) if value is not None else None
             for first_row in range(0, num_queries, row_step):
                 i = slice(first_row, min(first_row + row_step, num_queries))
@@ -61,7 +61,11 @@ def _weights(
     return weights if token_weights is None else weights * token_weights.to(dtype)
 
 
+def _with_ones(key: Tensor) -> Tensor:
+    """Keys (heads, n, dh) with a column of ones, which meets the logsumexp's column of the queries."""
+    return torch.cat([key, key.new_ones(*key.shape[:2], 1)], -1)
+
+
 def _attention_tile(query: Tensor, key_t: Tensor, logsumexp: Tensor, scale: float, buffer: Tensor) -> Tensor:
-    """P of one tile, (heads, rows, n), written into ``buffer``."""
-    tile = product(query * scale, key_t, buffer)
-    return tile.sub_(logsumexp.unsqueeze(-1)).exp_()
+    """P of one tile, (heads, rows, n), written into ``buffer``: the product subtracts the logsumexp on its way."""
+    return product(torch.cat([query * scale, -logsumexp.unsqueeze(-1)], -1), key_t, buffer).exp_()

@@ -1,4 +1,4 @@
-"""``attention_token_transformation`` in Triton: a program owns a block of tokens, takes their norms once, then walks over heads."""
+"""``attention_token_transformation`` in Triton: a program owns a block of tokens and walks over heads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import check_dtype, dot_precision, load_tokens, padded_head_dim, with_unit_last_stride
-from .common import BLOCK_TOKENS, normalised, unnormalised_weight
+from .common import BLOCK_TOKENS, ROWWISE_STAGES, normalised, unnormalised_weight
 
 BLOCK_WIDTH = 128
+BLOCK_COLUMNS = 32
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -20,7 +21,7 @@ def attention_token_transformation_kernel(
     stride_value_batch, stride_value_head, stride_value_token,
     stride_projection_batch, stride_projection_head, stride_projection_token,
     num_heads, num_tokens, width,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     LENGTH: tl.constexpr, NECC: tl.constexpr, SPLIT_GRAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grid (token blocks, B); ``weights`` (B, H, n), ``partial_sums`` (B, H, token blocks), ``gram`` (H, dv, dv)."""
@@ -40,14 +41,19 @@ def attention_token_transformation_kernel(
         p_projection = projection + i_b * stride_projection_batch + i_h * stride_projection_head
         b_value = load_tokens(p_value, stride_value_token, o_t, m_t, o_d, m_d)  # (BLOCK_T, BLOCK_D)
         b_projection = load_tokens(p_projection, stride_projection_token, o_t, m_t, o_d, m_d)  # (BLOCK_T, BLOCK_D)
-        b_gram = load_tokens(gram + i_h * HEAD_DIM * HEAD_DIM, HEAD_DIM, o_d, m_d, o_d, m_d)  # (BLOCK_D, BLOCK_D)
-        b_coarse = b_gram.to(b_value.dtype)
-        b_moved = tl.dot(b_value, b_coarse, input_precision=PRECISION)  # (BLOCK_T, BLOCK_D)
-        if SPLIT_GRAM:  # a quadratic form in a rounded matrix loses digits: add what the rounding took away
-            b_moved += tl.dot(b_value, (b_gram - b_coarse.to(tl.float32)).to(b_value.dtype), input_precision=PRECISION)
-        b_value = b_value.to(tl.float32)
-        b_dot = tl.sum(b_value * b_projection.to(tl.float32), axis=1)
-        b_weight, b_exp = unnormalised_weight(b_dot, b_tokens_sq, tl.sum(b_moved * b_value, axis=1), LENGTH, NECC)
+        b_dot = tl.sum(b_value.to(tl.float32) * b_projection.to(tl.float32), axis=1)
+        b_transformed_sq = tl.zeros((BLOCK_T,), dtype=tl.float32)
+        for start in range(0, HEAD_DIM, BLOCK_C):  # a block of the Gram matrix' columns at a time: it may not fit at once
+            o_c = start + tl.arange(0, BLOCK_C)
+            m_c = o_c < HEAD_DIM
+            b_gram = load_tokens(gram + i_h * HEAD_DIM * HEAD_DIM, HEAD_DIM, o_d, m_d, o_c, m_c)  # (BLOCK_D, BLOCK_C)
+            b_coarse = b_gram.to(b_value.dtype)
+            b_moved = tl.dot(b_value, b_coarse, input_precision=PRECISION)  # (BLOCK_T, BLOCK_C)
+            if SPLIT_GRAM:  # a quadratic form in a rounded matrix loses digits: add what the rounding took away
+                b_moved += tl.dot(b_value, (b_gram - b_coarse.to(tl.float32)).to(b_value.dtype), input_precision=PRECISION)
+            b_columns = load_tokens(p_value, stride_value_token, o_t, m_t, o_c, m_c).to(tl.float32)  # (BLOCK_T, BLOCK_C)
+            b_transformed_sq += tl.sum(b_moved * b_columns, axis=1)
+        b_weight, b_exp = unnormalised_weight(b_dot, b_tokens_sq, b_transformed_sq, LENGTH, NECC)
         tl.store(weights + i_bh * num_tokens + o_t, b_weight, mask=m_t)
         tl.store(partial_sums + i_bh * tl.num_programs(0) + i_t, tl.sum(tl.where(m_t, b_exp, 0.0), axis=0))
 
@@ -59,13 +65,14 @@ def launch(
     check_dtype(tokens)
     tokens, value, projection = (with_unit_last_stride(tensor) for tensor in (tokens, value, projection))
     batch, heads, num_tokens, head_dim = value.shape
-    blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
+    blocks, block_d = triton.cdiv(num_tokens, BLOCK_TOKENS), padded_head_dim(head_dim)
     weights = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=tokens.device)
     partial_sums = torch.empty(batch, heads, blocks, dtype=torch.float32, device=tokens.device)
     attention_token_transformation_kernel[(blocks, batch)](
         tokens, value, projection, gram.contiguous(), weights, partial_sums,
         *tokens.stride()[:2], *value.stride()[:3], *projection.stride()[:3], heads, num_tokens, tokens.shape[2],
-        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_T=BLOCK_TOKENS, BLOCK_W=BLOCK_WIDTH,
-        LENGTH=length, NECC=necc, SPLIT_GRAM=value.dtype != torch.float32, PRECISION=dot_precision(value.dtype), num_warps=4,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_TOKENS, BLOCK_W=BLOCK_WIDTH, BLOCK_C=min(BLOCK_COLUMNS, block_d),
+        LENGTH=length, NECC=necc, SPLIT_GRAM=value.dtype != torch.float32, PRECISION=dot_precision(value.dtype),
+        num_warps=4, num_stages=ROWWISE_STAGES,
     )  # fmt: skip
     return normalised(weights, partial_sums, necc, necc_scale)

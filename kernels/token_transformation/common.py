@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_TOKENS = 32
+ROWWISE_STAGES = 2
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import check_dtype, load_tokens, with_unit_last_stride
-from .common import BLOCK_TOKENS, normalised, unnormalised_weight
+from .common import BLOCK_TOKENS, ROWWISE_STAGES, normalised, unnormalised_weight
 
 BLOCK_WIDTH = 128
 
@@ -52,6 +52,6 @@ def launch(tokens: Tensor, transformed: Tensor, length: bool, necc: bool, necc_s
     partial_sums = torch.empty(batch, blocks, dtype=torch.float32, device=tokens.device)
     token_transformation_kernel[(blocks, batch)](
         tokens, transformed, weights, partial_sums, *tokens.stride()[:2], *transformed.stride()[:2], num_tokens, width,
-        BLOCK_T=BLOCK_TOKENS, BLOCK_W=BLOCK_WIDTH, LENGTH=length, NECC=necc, num_warps=4,
+        BLOCK_T=BLOCK_TOKENS, BLOCK_W=BLOCK_WIDTH, LENGTH=length, NECC=necc, num_warps=4, num_stages=ROWWISE_STAGES,
     )  # fmt: skip
     return normalised(weights, partial_sums, necc, necc_scale)

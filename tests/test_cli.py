@@ -1,0 +1,254 @@
+"""The command line: what it writes and prints, its options, and one-line errors with exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import vitexplain
+from vitexplain.cli import app
+from vitexplain.methods import REGISTRY
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current directory, with a few photos."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (60, 40)), ("b.jpg", (30, 50)), ("c.png", (40, 40))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(name)
+    (tmp_path / "bad.jpg").write_text("not a picture")
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder) -> Run:  # noqa: ARG001 (it is the current directory)
+    """Runs the command in the folder of photos."""
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _one_line_error(result: Result, message: str, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_one_photo(run, folder) -> None:
+    result = run("explain", "a.png", "--top", "3")
+    assert result.exit_code == 0, result.output
+    assert "a_explained.png" in result.stdout
+    assert result.stdout.count(" %") == 3
+    assert "explained" in result.stdout
+    with Image.open(folder / "a_explained.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.width > picture.height
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.svg", "out.pdf", "OUT.PNG"])
+def test_the_output_decides_the_format(run, folder, name: str) -> None:
+    assert run("explain", "a.png", "--output", name).exit_code == 0
+    assert (folder / name).stat().st_size > 1000
+
+
+def test_a_directory_as_output_of_one_photo(run, folder) -> None:
+    (folder / "out").mkdir()
+    assert run("explain", "a.png", "--output", "out").exit_code == 0
+    assert (folder / "out" / "a_explained.png").exists()
+
+
+def test_arrays_of_one_and_of_several_methods(run, folder) -> None:
+    assert run("explain", "a.png", "--output", "out.npz", "--target", "cat").exit_code == 0
+    with np.load(folder / "out.npz") as arrays:
+        assert arrays["maps"].shape == (1, 1, 8, 8)
+        assert arrays["target"].tolist() == [[3]]
+    assert run("explain", "a.png", "--output", "two.npz", "-m", "gmar", "-m", "rollout").exit_code == 0
+    for method in ("gmar", "rollout"):
+        with np.load(folder / f"two_{method}.npz") as arrays:
+            assert str(arrays["method"]) == method
+
+
+def test_json_is_all_there_is_on_standard_output(run) -> None:
+    result = run("explain", "a.png", "b.jpg", "--json", "--top", "2", "--method", "all", "--target", "3", "--target", "Dog")
+    assert result.exit_code == 0
+    records = json.loads(result.stdout)
+    assert [record["image"] for record in records] == ["a.png", "b.jpg"]
+    for record in records:
+        assert record["methods"] == list(REGISTRY)
+        assert [entry["name"] for entry in record["target"]] == ["cat", "dog"]
+        assert len(record["top"]) == 2
+        assert 1 >= record["top"][0]["probability"] >= record["top"][1]["probability"] >= 0
+        assert all(Path(path).exists() for path in record["output"])
+
+
+def test_many_photos_go_to_a_directory_and_a_bad_one_does_not_stop_the_others(run, folder) -> None:
+    Path("sub").mkdir()
+    Image.new("L", (20, 20)).save("sub/a.tif")
+    result = run(
+        "explain", "a.png", "bad.jpg", "b.jpg", "none.png", "sub/a.tif", "--output", "deep/maps", "--batch", "2", "--json"
+    )
+    assert result.exit_code == 1
+    assert [Path(r["output"][0]).name for r in json.loads(result.stdout)] == [
+        "a_explained.png",
+        "b_explained.png",
+        "a_2_explained.png",
+    ]
+    assert len(list((folder / "deep" / "maps").iterdir())) == 3
+    assert "error: photo: 'bad.jpg' is not an image" in result.stderr
+    assert "error: photo: there is no file 'none.png'" in result.stderr
+    assert "2 of 5 photos could not be explained" in result.stderr
+
+
+def test_the_batch_size_does_not_change_the_result(run) -> None:
+    records = []
+    for batch in (1, 3):
+        result = run("explain", "a.png", "b.jpg", "c.png", "--json", "--batch", batch, "--output", "maps")
+        records.append([entry for record in json.loads(result.stdout) for entry in record["top"]])
+    for one, three in zip(*records, strict=True):
+        assert one["class"] == three["class"]
+        assert one["probability"] == pytest.approx(three["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "expected"),
+    [
+        ("tokentm", "aggregate=false", {"aggregate": False}),
+        ("tokentm", "necc_scale=1", {"necc_scale": "1"}),
+        ("gmar", "alpha=2", {"alpha": 2}),
+        ("rollout", "start_block=2", {"start_block": 2}),
+        ("iba", "relevance=gain", {"relevance": "gain"}),
+    ],
+)
+def test_options_reach_the_method(run, monkeypatch, method: str, option: str, expected: dict[str, object]) -> None:
+    seen = []
+    save = vitexplain.Explanation.save
+    monkeypatch.setattr(vitexplain.Explanation, "save", lambda self, *a, **k: (seen.append(self.options), save(self, *a, **k))[1])
+    result = run("explain", "a.png", "--method", method, "--option", option, "--output", "o.npz")
+    assert result.exit_code == 0, result.output
+    assert expected.items() <= seen[0].items()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_backends_and_dtypes(run, backend: str, dtype: str) -> None:
+    result = run("explain", "a.png", "--backend", backend, "--dtype", dtype, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["top"]
+
+
+def test_weights_from_a_file(run, shared) -> None:
+    weights = shared("data/deit_tiny_patch16_224_fp16.safetensors")
+    result = run("explain", "a.png", "--model", "deit_tiny_patch16_224", "--weights", weights, "--target", "tabby", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["target"][0]["class"] == 281
+
+
+INPUT_ERRORS = {
+    "missing": (["none.png"], "there is no file 'none.png'"),
+    "directory": (["."], "received the directory"),
+    "not an image": (["bad.jpg"], "not an image"),
+    "model": (["a.png", "--model", "vit_tiny_patch16_22"], "unknown model .* did you mean .*vit_tiny_patch16_224"),
+    "method": (["a.png", "--method", "tokentn"], "unknown method 'tokentn': did you mean tokentm"),
+    "method twice": (["a.png", "-m", "gmar", "-m", "gmar"], "each method once"),
+    "option name": (["a.png", "--option", "lenght=true"], "unknown option of tokentm 'lenght': did you mean length"),
+    "option value": (["a.png", "--option", "length=maybe"], "option 'length' of tokentm: expected bool, received 'maybe'"),
+    "option form": (["a.png", "--option", "length"], "expected NAME=VALUE, received 'length'"),
+    "class name": (["a.png", "--target", "catt"], "unknown class 'catt': did you mean cat"),
+    "class index": (["a.png", "--target", "10"], "from 0 to 9, received 10"),
+    "weights missing": (["a.png", "--weights", "none.pth"], "weights: there is no file"),
+    "weights bad": (["a.png", "--weights", "bad.pth"], "not a file of weights, or damaged"),
+    "weights of another model": (["a.png", "--weights", "other.pth"], "does not fit model 'demo': missing"),
+    "output suffix": (["a.png", "--output", "out.txt"], "output: expected a file ending in .png"),
+    "output folder absent": (["a.png", "--output", "absent/out.png"], "output: expected a file in an existing folder"),
+    "output file of many": (["a.png", "b.jpg", "--output", "out.png"], "expected a folder for several photos"),
+    "output in the way": (["a.png", "b.jpg", "--output", "bad.jpg/maps"], "cannot make the folder"),
+    "output not writable": (["a.png", "--output", "taken"], "cannot write .*Is a directory"),
+    "device": (["a.png", "--device", "tpu"], "expected auto, cpu or cuda, received 'tpu'"),
+    "dtype": (["a.png", "--dtype", "int8"], "expected float32, bfloat16 or float16, received 'int8'"),
+    "backend": (["a.png", "--backend", "numpy"], "backend: expected one of"),
+}
+
+
+@pytest.mark.parametrize("case", INPUT_ERRORS)
+def test_bad_input_is_one_line_and_exit_code_1(run, folder, case: str) -> None:
+    (folder / "bad.pth").write_text("hello world")
+    torch.save({"a": torch.zeros(1)}, folder / "other.pth")
+    (folder / "taken" / "a_explained.png").mkdir(parents=True)  # a directory stands where the picture should go
+    result = run("explain", *INPUT_ERRORS[case][0])
+    _one_line_error(result, INPUT_ERRORS[case][1])
+    assert result.stdout == ""
+
+
+def test_cuda_without_a_gpu_is_refused(run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    _one_line_error(run("explain", "a.png", "--device", "cuda"), "expected a CUDA device, received a machine without one")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["explain"], ["explain", "a.png", "--batch", "0"], ["explain", "a.png", "--top", "x"], ["explian"], ["list", "-x"]],
+)
+def test_usage_errors_have_exit_code_2(run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_the_list_of_methods(run) -> None:
+    rows = json.loads(run("list", "--json").stdout)
+    assert [row["name"] for row in rows] == list(REGISTRY)
+    for row, info in zip(rows, vitexplain.methods(), strict=True):
+        assert row["paper"] == info.paper
+        assert row["cost"] == info.cost
+        assert [option["name"] for option in row["options"]] == [option.name for option in info.options]
+    text = run("list").stdout
+    assert all(name in text for name in REGISTRY)
+
+
+def test_the_demo(run, folder) -> None:
+    pytest.importorskip("skimage", reason="the demo's photo comes with scikit-image")
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    assert "vitexplain_demo.png" in result.stdout
+    assert "cat" in result.stdout
+    with Image.open(folder / "vitexplain_demo.png") as picture:
+        assert picture.width > 5 * 400
+
+
+def test_the_demo_without_scikit_image(run, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    _one_line_error(run("demo"), r"pip install 'vitexplain\[demo\]'")
+
+
+def test_help_and_version(run) -> None:
+    assert run("--version").stdout == f"vitexplain {vitexplain.__version__}\n"
+    for command in ("explain", "list", "demo"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert command in result.stdout
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_installed_command_and_that_help_does_not_load_torch() -> None:
+    command = Path(sysconfig.get_path("scripts")) / "vitexplain"
+    done = subprocess.run([command, "explain", "a.png", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[0]["output"] == ["a_explained.png"]
+    done = subprocess.run([command, "explain", "none.png"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: photo: there is no file 'none.png'\n")
+    code = "import sys, vitexplain.cli; assert not {'torch', 'timm', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
