@@ -45,6 +45,7 @@ class LoadedModel:
         class_names: one name a class, or None where they are not known.
         mean, std: the normalisation, three values each.
         input_size: height and width of the model's input.
+        squashes: whether the whole photo is squeezed to that shape.
     """
 
     name: str
@@ -55,10 +56,18 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: tuple[int, int]
+    squashes: bool
 
     def display(self, photo: Image.Image) -> Image.Image:
-        """The part of the photo that the model saw, at a resolution for people: the shorter side has at least 448 pixels."""
-        return as_photo(self.display_transform(photo.convert("RGB")))
+        """The part of the photo that the model saw, at a resolution for people: the shorter side has at least 448 pixels.
+
+        Where the model squeezes the whole photo to its input's shape, it is shown in its own proportions.
+        """
+        seen = as_photo(self.display_transform(photo.convert("RGB")))
+        if not self.squashes:
+            return seen
+        scale = min(seen.size) / min(photo.size)
+        return seen.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``"class 7"`` where names are not known."""
@@ -132,6 +141,7 @@ def load_model(
         model=model,
         transform=timm.data.create_transform(**config, is_training=False),
         display_transform=_display_transform(config),
+        squashes=config.get("crop_mode") == "squash",
         class_names=class_names,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
