@@ -252,3 +252,18 @@ def test_the_installed_command_and_that_help_does_not_load_torch() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: photo: there is no file 'none.png'\n")
     code = "import sys, vitexplain.cli; assert not {'torch', 'timm', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_memory_that_does_not_suffice_is_one_line_and_a_defect_is_not_hidden(run, monkeypatch) -> None:
+    def failing(message: str) -> Callable[..., None]:
+        def attribute(*_: object) -> None:
+            raise RuntimeError(message)
+
+        return attribute
+
+    monkeypatch.setattr("vitexplain.explainer.Explainer.attribute", failing("can't allocate memory: you tried 9 bytes"))
+    _one_line_error(run("explain", "a.png"), "a smaller --batch needs less")
+    monkeypatch.setattr("vitexplain.explainer.Explainer.attribute", failing("a defect"))
+    result = run("explain", "a.png")
+    assert isinstance(result.exception, RuntimeError)
+    assert not isinstance(result.exception, SystemExit)

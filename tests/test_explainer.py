@@ -271,7 +271,7 @@ def test_bad_input_gets_one_line_that_names_expected_and_received(model, images,
 
 def test_triton_is_refused_on_a_cpu_and_never_replaced(model, images, monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="backend 'triton' needs"):
+    with pytest.raises(InputError, match="backend 'triton' needs CUDA tensors, received tensors on 'cpu'"):
         vitexplain.explain(model, images, backend="triton")
 
 

@@ -142,8 +142,11 @@ def _guarded(work: Any) -> None:
     except (_Failure, ExplanationError) as error:
         _complain(str(error))
         raise typer.Exit(1) from error
-    except RuntimeError as error:  # a backend that cannot run here, memory that does not suffice
-        _complain(str(error).strip().splitlines()[0])
+    except RuntimeError as error:
+        message = str(error).strip().splitlines()[0]
+        if "memory" not in message:  # a defect of ours: let it be seen whole
+            raise
+        _complain(f"{message} (a smaller --batch needs less)")
         raise typer.Exit(1) from error
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()

@@ -103,7 +103,10 @@ class Explainer:
         if not torch.isfinite(images).all():
             raise InputError("images: expected finite values, received NaN or infinity")
         if self.backend != "dense":
-            choose_backend(self.backend, images.device)  # refuse before any work is done
+            try:
+                choose_backend(self.backend, images.device)  # refuse before any work is done
+            except RuntimeError as error:
+                raise InputError(str(error)) from error
         return images.detach()
 
     def _check_logits(self, logits: Any, batch: int) -> Tensor:
