@@ -26,13 +26,14 @@ def test_the_spread_is_made_of_percentiles() -> None:
     assert spread([4.0]) == {"p20": "4", "p50": "4", "p80": "4", "repeats": 1}
 
 
-def test_the_gate_stops_a_wrong_method(monkeypatch) -> None:
-    model = build_model()
-    images = images_for(model, 1)
-    assert gate(model, images, "rollout") <= 1e-5
-    monkeypatch.setattr("vitexplain.methods.rollout.propagate", lambda rows, _block: 1.001 * rows.values)
-    with pytest.raises(SystemExit, match="exceeds 1e-05: not timed"):
-        gate(model, images, "rollout")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_stops_a_wrong_method(monkeypatch, dtype: torch.dtype) -> None:
+    model = build_model().to(dtype)
+    images = images_for(model, 2).to(dtype)
+    assert set(gate(model, images, ["rollout", "gmar"])) == {"rollout", "gmar"}
+    monkeypatch.setattr("vitexplain.methods.rollout.propagate", lambda rows, _block: 1.5 * rows.values)
+    with pytest.raises(SystemExit, match=r"rollout: relative error .* exceeds .*: not timed"):
+        gate(model, images, ["gmar", "rollout"])
 
 
 def test_cases_are_timed_in_turns_after_a_warm_up() -> None:
