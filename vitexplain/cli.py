@@ -31,6 +31,7 @@ app = typer.Typer(
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 ARRAYS = ".npz"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Failure(Exception):
@@ -81,8 +82,8 @@ def explain(
 
     A photo that cannot be read is reported and does not stop the others. Exit code 0: all explained; 1: an error, in one line.
     """
-    settings = {"method": method, "option": option, "target": target, "device": device, "backend": backend, "dtype": dtype}
-    _guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, **settings))
+    settings = {"method": method, "option": option, "target": target, "backend": backend}
+    _guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, device, dtype, **settings))
 
 
 @app.command("list")
@@ -175,15 +176,21 @@ def _explain(
     as_json: bool,
     batch: int,
     top: int,
+    device: str,
+    dtype: str,
     **settings: Any,
 ) -> None:
+    if dtype not in DTYPES:
+        raise _Failure(f"dtype: expected one of {', '.join(DTYPES)}, received {dtype!r}")
     if model_name != "demo" and weights is None:
         _fail_fast_offline()  # before the hub's client is imported
+    import torch
+
     from .loading import load_model
 
     many = len(paths) > 1
     _check_output(output, many)
-    session = _Session(load_model(model_name, weights), **settings)
+    session = _Session(load_model(model_name, weights, device, dtype=getattr(torch, dtype)), **settings)
     destinations = _destinations(paths, output)
     records, failed = [], 0
     with _progress(len(paths), enabled=many and not as_json) as advance:
@@ -242,33 +249,22 @@ class _Session:
         method: list[str] | None = None,
         option: list[str] | None = None,
         target: list[str] | None = None,
-        device: str = "auto",
         backend: str = "auto",
-        dtype: str = "float32",
     ) -> None:
-        import torch
-
         from .explainer import Explainer
         from .methods import REGISTRY
 
-        if device not in ("auto", "cpu", "cuda"):
-            raise _Failure(f"device: expected auto, cpu or cuda, received {device!r}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise _Failure("device: expected a CUDA device, received a machine without one")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise _Failure(f"dtype: expected float32, bfloat16 or float16, received {dtype!r}")
         names = list(REGISTRY) if method and "all" in method else method or ["tokentm"]
         self.loaded = loaded
-        self.device = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-        self.dtype = getattr(torch, dtype)
         self.targets = [loaded.class_index(text) for text in target or []]
-        self.explainer = Explainer(loaded.model.to(self.device, self.dtype), names, backend, **_parse_options(option or []))
+        self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or []))
 
     def attribute(self, photos: list[Image.Image]) -> dict[str, Explanation]:
         """Explain photos of any size and shape."""
         import torch
 
-        images = torch.stack([self.loaded.transform(photo) for photo in photos]).to(self.device, self.dtype)
+        parameter = next(self.loaded.model.parameters())
+        images = torch.stack([self.loaded.transform(photo) for photo in photos]).to(parameter)
         return self.explainer.attribute(images, [self.targets] * len(photos) if self.targets else None)
 
     def record(
