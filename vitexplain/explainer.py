@@ -15,7 +15,7 @@ from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
 from .methods import Method, build_methods
-from .models import Anatomy, read_anatomy
+from .models import read_anatomy
 from .relevance import Trace, start_rows, walk_with_gradient, walk_without_gradient
 from .tap import Request, Tap
 from .targets import resolve_target
@@ -240,4 +240,4 @@ def _scalars(logits: Tensor, target: Tensor, score: str) -> Tensor:
     return scores.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
-__all__ = ["BACKENDS", "Anatomy", "Explainer", "explain"]
+__all__ = ["BACKENDS", "Explainer", "explain"]
