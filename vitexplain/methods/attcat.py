@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import accumulation_dtype
 from ..relevance import Rows, Trace, propagate
 from ..tap import BlockTrace
 from .base import Method
@@ -29,7 +30,7 @@ class AttCAT(Method):
     def observe(self, block: BlockTrace) -> Tensor:
         """Column means of the head-averaged map, (B, 1, n): the same for every class."""
         batch, _, n, _ = block.key.shape
-        dtype = torch.promote_types(block.key.dtype, torch.float32)
+        dtype = accumulation_dtype(block.key.dtype)
         uniform = torch.full((batch, 1, n), 1 / n, dtype=dtype, device=block.key.device)
         return propagate(Rows(uniform, n), block)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import attention_token_transformation, token_transformation
+from ..kernels.dispatch import accumulation_dtype
 from ..relevance import Rows, Trace, propagate
 from ..tap import BlockTrace
 from .base import Method, option
@@ -63,7 +64,11 @@ class TokenTM(Method):
         return self.start_block if self.aggregate else num_blocks - 1
 
     def observe(self, block: BlockTrace) -> _Weights:
-        norms = torch.linalg.vector_norm(block.tokens, dim=-1, dtype=_norm_dtype(block.tokens)) if block.index == 0 else None
+        norms = (
+            torch.linalg.vector_norm(block.tokens, dim=-1, dtype=accumulation_dtype(block.tokens.dtype))
+            if block.index == 0
+            else None
+        )
         if block.index < self.start_block or not (self.aggregate or block.is_last):
             return _Weights(norms, None, None)
         switches = dict(
@@ -89,7 +94,3 @@ class TokenTM(Method):
         if not (self.aggregate and self.length):
             return state.values
         return state.scaled(trace.blocks[0].observed[self].token_norms.to(state.values.dtype)).values
-
-
-def _norm_dtype(tokens: Tensor) -> torch.dtype:
-    return torch.promote_types(tokens.dtype, torch.float32)
