@@ -133,7 +133,7 @@ class Explainer:
             if self.rows == "all":
                 rows = torch.eye(num_tokens, dtype=pooling.dtype, device=images.device).expand(len(images), -1, -1)
                 support = num_tokens
-            trace = Trace(self.anatomy, tap.blocks, logits.detach(), rows, support)
+            trace = Trace(self.anatomy, tap.blocks, rows, support)
             values = self._walk(tap, trace, logits, columns)
         return {
             method.name: self._explanation(method, values[method.name], pooling, classes, logits.detach(), grid)

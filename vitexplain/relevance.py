@@ -22,7 +22,6 @@ class Trace:
     Attributes:
         anatomy: of the model.
         blocks: what each block left behind, first to last.
-        logits: (B, classes), detached.
         start_rows: (B, R, n), the rows of the product that are followed: the head's pooling weights (R = 1), or the
             identity (R = n) where all rows were asked for.
         support: number of leading tokens outside which ``start_rows`` is zero.
@@ -30,7 +29,6 @@ class Trace:
 
     anatomy: Anatomy
     blocks: Sequence[BlockTrace]
-    logits: Tensor
     start_rows: Tensor
     support: int
 
@@ -125,7 +123,7 @@ class _BackwardWalk:
 def walk_with_gradient(
     tap: Tap, trace: Trace, methods: Sequence[WalkingMethod], scalars: Tensor, target: Tensor, *, last: bool
 ) -> list[Tensor]:
-    """One backward of ``scalars`` (B,), one per image; returns (B, R, n) or (B, n) values for each method.
+    """One backward of ``scalars`` (B,), one per image; returns (B, R, n) values for each method.
 
     ``last`` says that no further backward over this forward will follow, so that its graph can go.
     """
