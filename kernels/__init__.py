@@ -4,19 +4,26 @@ One folder per operation: ``__init__`` validates and dispatches, ``torch_tiles``
 neither of the two knows the other.
 """
 
+from .attention_backward import attention_backward
+from .contribution_map import contribution_map
 from .dispatch import BACKENDS, choose_backend, interpreting, triton_installed
 from .head_norms import head_norms
-from .row_propagation import PHIS, row_propagation
-from .token_transformation import attention_token_transformation, token_transformation
+from .phi import PHIS
+from .row_propagation import row_propagation, row_propagation_by_head
+from .token_transformation import add_token_transformation, attention_token_transformation, token_transformation
 
 __all__ = [
     "BACKENDS",
     "PHIS",
+    "add_token_transformation",
+    "attention_backward",
     "attention_token_transformation",
     "choose_backend",
+    "contribution_map",
     "head_norms",
     "interpreting",
     "row_propagation",
+    "row_propagation_by_head",
     "token_transformation",
     "triton_installed",
 ]

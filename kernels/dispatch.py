@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -52,30 +53,29 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def register_operator(
-    signature: str, torch_implementation: Callable[..., torch.Tensor], triton_module: str, fake: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
+    signature: str, torch_implementation: Callable[..., Any], triton_module: str, launcher: str, fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Register one operator and return its callable.
 
     Args:
         signature: schema whose last argument is ``str backend``, for example ``"name(Tensor x, str backend) -> Tensor"``.
         torch_implementation: called with all arguments but ``backend``.
-        triton_module: module with a function ``launch`` of the same arguments; imported when first needed.
+        triton_module: imported when first needed.
+        launcher: its function of the same arguments.
         fake: shape function, called with all arguments.
     """
     name = signature.partition("(")[0]
 
-    def implementation(*arguments: object, backend: str) -> torch.Tensor:
+    def implementation(*arguments: Any) -> Any:
+        *arguments, backend = arguments
         device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
         if choose_backend(backend, device) == "triton":
-            return importlib.import_module(triton_module).launch(*arguments)
+            return getattr(importlib.import_module(triton_module), launcher)(*arguments)
         return torch_implementation(*arguments)
-
-    def positional(*arguments: object) -> torch.Tensor:
-        return implementation(*arguments[:-1], backend=str(arguments[-1]))
 
     _LIBRARY.define(signature)
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, positional, key)
+        _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"vitexplain::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitexplain, name)
 
@@ -105,3 +105,19 @@ def expect_same(name: str, tensor: torch.Tensor, reference_name: str, reference:
         raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), received {tensor.device}")
     if dtype and tensor.dtype != reference.dtype:
         raise ValueError(f"{name}: expected dtype {reference.dtype} (that of {reference_name}), received {tensor.dtype}")
+
+
+def expect_mask(mask: torch.Tensor, reference_name: str, reference: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
+    """A mask expanded to (B, H, m, n), of sizes already known; nothing is copied.
+
+    It is boolean, True where a key takes part, or floating-point, added to the scores.
+    """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask: expected a boolean or floating-point dtype, received {mask.dtype}")
+    expect_same("mask", mask, reference_name, reference, dtype=False)
+    shape = tuple(sizes[name] for name in ("B", "H", "m", "n"))
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        wanted = ", ".join(f"{name}={size}" for name, size in zip(("B", "H", "m", "n"), shape, strict=True))
+        raise ValueError(f"mask: expected a shape that broadcasts to ({wanted}), received {tuple(mask.shape)}") from None

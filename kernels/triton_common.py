@@ -1,11 +1,7 @@
-"""What the Triton kernels and their launchers share: a tile load, tile shapes by a table, how far to split the heads.
-
-The table is deterministic (no run-time tuning), so that a launch can be captured in a CUDA graph and compiled ahead of time.
-"""
+"""What the Triton kernels share: loads, the weighing φ of an attention tile, and small rules of their launchers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -13,38 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import architecture_of, precision_of
+
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of queries × keys, and how many warps and pipeline stages work on it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_config(dtype: torch.dtype, block_d: int) -> TileConfig:
-    """Tile shape for an element type and a (padded) head width; every entry compiles without spills for sm_80 to sm_100."""
-    if dtype == torch.float32:  # full float32 products run on the ordinary cores: small tiles, or registers spill
-        return TileConfig(32, 32, 4, 1) if block_d <= 64 else TileConfig(16, 32, 4, 1)
-    if block_d <= 64:
-        return TileConfig(64, 64, 4, 2)
-    if block_d <= 128:
-        return TileConfig(64, 64, 8, 2)
-    return TileConfig(32, 32, 4, 1)
+# Arguments that follow the number of tokens (as ``num_queries`` and its like do): no kernel is compiled anew for a length.
+LENGTHS = (
+    "num_heads", "stride_logsumexp_batch", "stride_logsumexp_head", "stride_rows_batch",
+    "stride_mask_batch", "stride_mask_head", "stride_mask_query", "stride_mask_key",
+)  # fmt: skip
+SMALLEST_PRODUCT = 16  # rows, columns and depth of the smallest matrix product
 
 
 def padded_head_dim(head_dim: int) -> int:
     """Head width rounded up to what a matrix product takes: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(SMALLEST_PRODUCT, triton.next_power_of_2(head_dim))
 
 
-def with_unit_last_stride(tensor: Tensor) -> Tensor:
+def with_unit_last_stride(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where its last dimension is contiguous (packed qkv views are), else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
+    """The first ``count`` strides; zeros for a tensor that is not there."""
+    return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
 @cache
@@ -52,12 +40,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def head_splits(heads: int, programs: int, device: torch.device) -> int:
-    """Into how many programs to split the heads so that ``programs`` key tiles fill the device about twice."""
+def splits_to_fill(largest: int, programs: int, device: torch.device) -> int:
+    """Into how many parts, up to ``largest``, to split work so that ``programs`` times it fill the device about twice."""
     if device.type != "cuda":
-        return min(heads, 2)  # the interpreter: enough to exercise the reduction over splits
-    wanted = triton.cdiv(2 * _multiprocessors(device), max(1, programs))
-    return max(1, min(heads, wanted))
+        return min(largest, 2)  # the interpreter: enough to exercise the reduction over splits
+    return max(1, min(largest, triton.cdiv(2 * _multiprocessors(device), max(1, programs))))
 
 
 def check_dtype(tensor: Tensor) -> None:
@@ -67,12 +54,77 @@ def check_dtype(tensor: Tensor) -> None:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Products of float32 inputs are full float32; the setting has no effect on narrower types."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+    """``input_precision`` of products of two tiles of inputs: float32 is exact unless torch is told to use TF32."""
+    return "ieee" if precision_of(dtype) == "ieee" else "tf32"
+
+
+def float32_product_precision(tensor: Tensor) -> str:
+    """``input_precision`` of products of two float32 tiles made on the way.
+
+    With half-precision inputs three TF32 products (about float32's accuracy, on tensor cores) lose nothing that the inputs
+    still had; float32 inputs get float32 products.
+    """
+    if precision_of(tensor.dtype) != "half" or architecture_of(tensor.device).startswith("gfx"):
+        return "ieee"
+    return "tf32x3"
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """``"none"``, ``"boolean"`` (True takes part) or ``"additive"``."""
+    if mask is None:
+        return "none"
+    return "boolean" if mask.dtype == torch.bool else "additive"
+
+
+def mask_pointer(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as bytes, which kernels can read; any other as it is."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
 @triton.jit
 def load_tokens(pointer, stride_token, o_token, m_token, o_dim, m_dim):
-    """A (tokens, BLOCK_D) tile from a pointer to one head; zero outside."""
+    """A (tokens, dims) tile from a pointer to one image or head; zero outside."""
     p_tile = pointer + o_token.to(tl.int64)[:, None] * stride_token + o_dim[None, :]
     return tl.load(p_tile, mask=m_token[:, None] & m_dim[None, :], other=0.0)
+
+
+@triton.jit
+def load_head(pointer, stride_token, o_token, m_token, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A (tokens, BLOCK_D) tile of one head; zero outside. Columns are masked only where the width was padded."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = pointer + o_token.to(tl.int64)[:, None] * stride_token + o_d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(p_tile, mask=m_token[:, None], other=0.0)
+    return tl.load(p_tile, mask=m_token[:, None] & (o_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def mask_tile(p_mask, stride_first, stride_second, o_first, o_second, m_first, m_second, MASK: tl.constexpr):
+    """What the mask adds to a tile of scores, times log2(e): minus infinity where a boolean mask is False."""
+    p_tile = p_mask + o_first.to(tl.int64)[:, None] * stride_first + o_second.to(tl.int64)[None, :] * stride_second
+    b_mask = tl.load(p_tile, mask=m_first[:, None] & m_second[None, :], other=0)
+    if MASK == "boolean":
+        return tl.where(b_mask != 0, 0.0, float("-inf"))
+    return b_mask.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def probabilities(b_scores, b_logsumexp, MASK: tl.constexpr):
+    """P from scores and logsumexp, both times log2(e); ``b_logsumexp`` is broadcast. A masked score gives 0 in any row."""
+    if MASK == "none":
+        return tl.exp2(b_scores - b_logsumexp)
+    return tl.where(b_scores == float("-inf"), 0.0, tl.exp2(b_scores - b_logsumexp))
+
+
+@triton.jit
+def weighed(b_probabilities, b_grad, PHI: tl.constexpr):
+    """φ(P, G) of a tile; the argument that φ does not read may be anything."""
+    if PHI == "p":
+        return b_probabilities
+    if PHI == "p_relu_g":
+        return b_probabilities * tl.maximum(b_grad, 0.0)
+    if PHI == "p_g":
+        return b_probabilities * b_grad
+    if PHI == "relu_g":
+        return tl.maximum(b_grad, 0.0)
+    return tl.abs(b_grad)

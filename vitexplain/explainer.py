@@ -16,7 +16,14 @@ from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
 from .methods import Method, build_methods
 from .models import read_anatomy
-from .relevance import Trace, start_rows, walk_with_gradient, walk_without_gradient
+from .relevance import (
+    Trace,
+    contribution_of_all_rows,
+    recorded_gradients,
+    start_rows,
+    walk_with_gradient,
+    walk_without_gradient,
+)
 from .tap import Request, Tap
 from .targets import resolve_target
 
@@ -134,7 +141,8 @@ class Explainer:
                 rows = torch.eye(num_tokens, dtype=pooling.dtype, device=images.device).expand(len(images), -1, -1)
                 support = num_tokens
             trace = Trace(self.anatomy, tap.blocks, rows, support)
-            values = self._walk(tap, trace, logits, columns)
+            walk = self._walk if self.rows is None else self._walk_all_rows
+            values = walk(tap, trace, logits, columns)
         return {
             method.name: self._explanation(method, values[method.name], pooling, classes, logits.detach(), grid)
             for method in self.methods
@@ -175,6 +183,24 @@ class Explainer:
             name: torch.stack(results if len(results) == num_targets else results * num_targets, 1)
             for name, results in values.items()
         }
+
+    def _walk_all_rows(self, tap: Tap, trace: Trace, logits: Tensor, columns: Tensor) -> dict[str, Tensor]:
+        """The whole product (B, K, n, n) of every method, from the first block up."""
+        num_targets = columns.shape[1]
+        values: dict[str, list[Tensor]] = {
+            method.name: [contribution_of_all_rows(trace, method, {})] * num_targets
+            for method in self.methods
+            if not method.uses_gradient
+        }
+        scores = dict.fromkeys(method.explained_score for method in self.methods if method.uses_gradient)
+        passes = [(score, k) for score in scores for k in range(num_targets)]
+        for number, (score, k) in enumerate(passes):
+            scalars = _scalars(logits, columns[:, k], score)
+            grad_out = recorded_gradients(tap, scalars, last=number == len(passes) - 1)
+            for method in self.methods:
+                if method.uses_gradient and method.explained_score == score:
+                    values.setdefault(method.name, []).append(contribution_of_all_rows(trace, method, grad_out))
+        return {name: torch.stack(results, 1) for name, results in values.items()}
 
     def _dense(self, images: Tensor, target: Any) -> dict[str, Explanation]:
         from .testing.dense import DenseReference  # loads only where it is asked for

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .kernels import row_propagation
+from .kernels import attention_backward, contribution_map, head_norms, row_propagation, row_propagation_by_head
+from .kernels.attention_backward.choose import one_pass_is_faster
 from .kernels.dispatch import accumulation_dtype
 from .models import Anatomy
 from .tap import BlockTrace, Tap
@@ -54,25 +55,56 @@ class Rows:
         return Rows(self.values * factors.unsqueeze(1), self.support)
 
 
+@dataclass(frozen=True)
+class Update:
+    """One block's update map
+
+        U = diag(token_factors) · (residual · I + factor · Σ_h w_h φ(P_h, G_h) diag(c_h))
+
+    Attributes:
+        phi: φ, a name that ``kernels.row_propagation`` knows.
+        factor, residual: weights of the head average and of the identity.
+        norm: w_h ∝ the ``"l1"`` or ``"l2"`` norm of G_h, with Σ_h w_h = 1; the plain mean where None.
+        token_weights: c, (B, H, n).
+        token_factors: (B, n), what the block's MLP does to the rows of the map.
+    """
+
+    phi: str = "p"
+    factor: float = 1.0
+    residual: float = 1.0
+    norm: str | None = None
+    token_weights: Tensor | None = None
+    token_factors: Tensor | None = None
+
+
 def propagate(
     rows: Rows,
     block: BlockTrace,
     *,
     phi: str = "p",
+    factor: float = 1.0,
+    residual: float = 0.0,
     grad_out: Tensor | None = None,
     head_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
 ) -> Tensor:
-    """Σ_h w_h c_h ⊙ Σ_i r_i φ(P_h, G_h)[i, ·] of one block, (B, R, n); only rows that carry weight are computed.
+    """residual · r + factor · Σ_h w_h c_h ⊙ Σ_i r_i φ(P_h, G_h)[i, ·] of one block; only rows that carry weight are computed.
 
     Args:
-        rows: the running rows.
+        rows: the running rows, (B, R, n).
         block: a traced block.
-        phi: ``"p"`` or ``"p_relu_g"``.
-        grad_out: (B, H, n, dv) or at least its first ``rows.support`` rows; needed by ``"p_relu_g"``.
+        phi: φ, a name that ``kernels.row_propagation`` knows.
+        factor, residual: weights of the head average and of the rows themselves.
+        grad_out: (B, H, n, dv) or at least its first ``rows.support`` rows; needed where φ reads G.
         head_weights: (B, H), the plain mean where None.
         token_weights: (B, H, n).
+
+    Returns:
+        (B, R, n).
     """
+    if grad_out is not None and _one_pass(rows, block):
+        moved, _ = _row_beside_backward(rows, block, grad_out, phi, norms=False)
+        return residual * rows.values + factor * _head_average(moved, head_weights, token_weights)
     m = rows.support
     return row_propagation(
         block.query[:, :, :m],
@@ -85,8 +117,112 @@ def propagate(
         grad_out=grad_out[:, :, :m] if grad_out is not None else None,
         head_weights=head_weights,
         token_weights=token_weights,
+        factor=factor,
+        residual=residual,
         backend=block.backend,
     )
+
+
+def follow(rows: Rows, block: BlockTrace, update: Update, grad_out: Tensor | None) -> Rows:
+    """r U: the running rows one block further down."""
+    if update.token_factors is not None:
+        rows = rows.scaled(update.token_factors)
+    switches = dict(phi=update.phi, factor=update.factor, residual=update.residual, token_weights=update.token_weights)
+    if update.norm == "l1" and rows.values.shape[1] == 1:
+        moved, norms = _rows_and_norms(rows, block, update.phi, grad_out)
+        average = _head_average(moved, _shares(norms), update.token_weights)
+        return rows.dense(update.residual * rows.values + update.factor * average)
+    head_weights = _norm_weights(block, update, grad_out, rows.support)
+    gradient = None if update.phi == "p" else grad_out
+    return rows.dense(propagate(rows, block, grad_out=gradient, head_weights=head_weights, **switches))
+
+
+def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: Tensor | None) -> Tensor:
+    """U C: the whole contribution map (B, n, n) one block further up, in one launch."""
+    needs_gradient = update.phi != "p"
+    return contribution_map(
+        block.query,
+        block.key,
+        block.logsumexp,
+        contribution,
+        phi=update.phi,
+        scale=block.scale,
+        value=block.value if needs_gradient else None,
+        grad_out=grad_out if needs_gradient else None,
+        head_weights=_norm_weights(block, update, grad_out, contribution.shape[1]),
+        token_weights=update.token_weights,
+        row_factors=update.token_factors,
+        factor=update.factor,
+        residual=update.residual,
+        backend=block.backend,
+    )
+
+
+def _norm_weights(block: BlockTrace, update: Update, grad_out: Tensor | None, support: int) -> Tensor | None:
+    if update.norm is None:
+        return None
+    return _shares(head_norms(block.value, grad_out[:, :, :support], norm=update.norm, backend=block.backend))
+
+
+def _shares(norms: Tensor) -> Tensor:
+    """(B, H), each image's divided by their sum."""
+    return norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def _head_average(moved: Tensor, head_weights: Tensor | None, token_weights: Tensor | None) -> Tensor:
+    """Every head's row (B, H, n) to their weighted average (B, 1, n)."""
+    if token_weights is not None:
+        moved = moved * token_weights
+    if head_weights is None:
+        return moved.mean(1, keepdim=True)
+    return head_weights.to(moved.dtype).unsqueeze(1) @ moved
+
+
+def _rows_and_norms(rows: Rows, block: BlockTrace, phi: str, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Every head's row and the L1 norm of its gradient, in one pass."""
+    if _one_pass(rows, block):
+        return _row_beside_backward(rows, block, grad_out, phi, norms=True)
+    m = rows.support
+    return row_propagation_by_head(
+        block.query[:, :, :m],
+        block.key,
+        block.logsumexp[:, :, :m],
+        rows.values[:, 0, :m],
+        phi=phi,
+        scale=block.scale,
+        value=block.value,
+        grad_out=grad_out[:, :, :m],
+        norms=True,
+        backend=block.backend,
+    )
+
+
+def _one_pass(rows: Rows, block: BlockTrace) -> bool:
+    """Whether this row step is to be made together with the attention's backward, which is still to come."""
+    if not block.wants_gradients or block.gradients is not None:
+        return False
+    num_tokens = rows.values.shape[-1]
+    whole = rows.values.shape[1] == 1 and rows.support == num_tokens
+    return whole and one_pass_is_faster(block.query, num_tokens)
+
+
+def _row_beside_backward(rows: Rows, block: BlockTrace, grad_out: Tensor, phi: str, *, norms: bool) -> tuple[Tensor, Tensor]:
+    """Every head's row and L1 norm, with the attention's gradients left in ``block.gradients``."""
+    *gradients, moved, sums = attention_backward(
+        block.query,
+        block.key,
+        block.value,
+        block.out,
+        grad_out,
+        block.logsumexp,
+        rows.values[:, 0],
+        phi=phi,
+        scale=block.scale,
+        norms=norms,
+        backend=block.backend,
+    )
+    block.gradients = tuple(gradients)
+    return moved, sums
 
 
 class WalkingMethod(Protocol):
@@ -99,6 +235,12 @@ class WalkingMethod(Protocol):
     def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any: ...
     def finish(self, state: Any, trace: Trace) -> Tensor: ...
     def first_block(self, num_blocks: int) -> int: ...
+
+
+class ChainMethod(WalkingMethod, Protocol):
+    """A method whose map is a row of a product of update maps."""
+
+    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update: ...
 
 
 class _BackwardWalk:
@@ -142,6 +284,38 @@ def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Tensor) -
     for block in reversed(trace.blocks[method.first_block(trace.num_blocks) :]):
         state = method.step(state, trace, block, None)
     return method.finish(state, trace)
+
+
+class _Recorder:
+    """Keeps each block's gradient of the attention output, (B, H, n, dv): linear in the number of tokens."""
+
+    def __init__(self) -> None:
+        self.grad_out: dict[int, Tensor] = {}
+
+    def attention_gradient(self, block: BlockTrace, grad_out: Tensor) -> None:
+        self.grad_out[block.index] = grad_out
+
+    def input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None: ...
+
+
+def recorded_gradients(tap: Tap, scalars: Tensor, *, last: bool) -> dict[int, Tensor]:
+    """One backward of ``scalars`` (B,); the gradient of every tapped block's attention output, by the block's index."""
+    recorder = _Recorder()
+    tap.listener = recorder
+    try:
+        torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
+    finally:
+        tap.listener = None
+    return recorder.grad_out
+
+
+def contribution_of_all_rows(trace: Trace, method: ChainMethod, grad_out: dict[int, Tensor]) -> Tensor:
+    """The whole product C = U_L … U_1 C_0, (B, n, n): from the first block up, one launch a block."""
+    contribution = trace.start_rows
+    for block in trace.blocks[method.first_block(trace.num_blocks) :]:
+        gradient = grad_out.get(block.index)
+        contribution = compose(contribution, block, method.update(trace, block, gradient), gradient)
+    return method.finish(Rows(contribution, contribution.shape[-1]), trace)
 
 
 def start_rows(tap: Tap, num_tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, int]:

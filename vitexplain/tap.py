@@ -35,6 +35,9 @@ class BlockTrace:
         scale: factor of the scores.
         read_tokens: (B, m, d), leading rows of the block's input, kept where an observer asked.
         read_out: (B, H, m, dv), the same rows of the attention's output.
+        out: (B, H, n, dv), the attention's output, while the gradient of its inputs is still to come.
+        wants_gradients: whether that gradient is wanted, for all rows.
+        gradients: of query, key and value, where a listener made them on its way; else the library's backward does.
         observed: what observers computed while the block ran, by observer.
         tokens, mid_tokens, mlp_out: x, y and f, (B, n, d), present only while observers run.
     """
@@ -50,6 +53,9 @@ class BlockTrace:
     scale: float = 0.0
     read_tokens: Tensor | None = None
     read_out: Tensor | None = None
+    out: Tensor | None = None
+    wants_gradients: bool = False
+    gradients: tuple[Tensor, ...] | None = None
     observed: dict[Any, Any] = field(default_factory=dict)
     tokens: Tensor | None = None
     mid_tokens: Tensor | None = None
@@ -114,14 +120,20 @@ class TappedAttention(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         query, key, value, out = ctx.saved_tensors
         tap, block = ctx.tap, ctx.block
-        if tap.listener is not None:
-            tap.listener.attention_gradient(block, grad_out)
-        grad_anchor = torch.zeros_like(tap.anchor) if ctx.needs_input_grad[3] else None
-        if not any(ctx.needs_input_grad[:3]):
-            return None, None, None, grad_anchor, None, None
-        arguments = (grad_out, query, key, value, out, ctx.state, block.scale)
+        wanted = any(ctx.needs_input_grad[:3])
         rows = tap.rows_read_of(block)
-        gradients = attention_backward(*arguments) if rows is None else leading_rows_backward(*arguments, rows)
+        gradients = None
+        if tap.listener is not None:
+            block.out, block.wants_gradients = out, wanted and rows is None
+            tap.listener.attention_gradient(block, grad_out)
+            gradients = block.gradients
+            block.out, block.wants_gradients, block.gradients = None, False, None
+        grad_anchor = torch.zeros_like(tap.anchor) if ctx.needs_input_grad[3] else None
+        if not wanted:
+            return None, None, None, grad_anchor, None, None
+        if gradients is None:
+            arguments = (grad_out, query, key, value, out, ctx.state, block.scale)
+            gradients = attention_backward(*arguments) if rows is None else leading_rows_backward(*arguments, rows)
         return *gradients, grad_anchor, None, None
 
 

@@ -1,27 +1,30 @@
 """One step of the running row through an attention layer, without the attention map.
 
-    P_h[i, j] = exp(scale · q_h,i · k_h,j − logsumexp_h,i)          G_h[i, j] = grad_out_h,i · v_h,j
-    out[b, κ, j] = Σ_h w[b, h] · c[b, h, j] · Σ_i rows[b, κ, i] · φ(P_h[i, j], G_h[i, j])
+    P_h[i, j] = exp(scale · q_h,i · k_h,j + mask_h[i, j] − logsumexp_h,i)          G_h[i, j] = grad_out_h,i · v_h,j
+    S_h[κ, j] = Σ_i rows[κ, i] · φ(P_h[i, j], G_h[i, j])
+    out[κ, j] = residual · rows[κ, j] + factor · Σ_h w_h · c_h[j] · S_h[κ, j]
 
-with φ = P (``"p"``) or P·relu(G) (``"p_relu_g"``). Rows of queries that carry no weight need not be passed: with m
-query rows against n keys, ``rows`` is (B, K, m), so that a class-token row costs O(n·dh) instead of O(n²·dh).
+with φ one of P (``"p"``), P·relu(G) (``"p_relu_g"``), P·G (``"p_g"``), relu(G) (``"relu_g"``), |G| (``"abs_g"``). Rows of
+queries that carry no weight need not be passed: with m query rows against n keys, ``rows`` is (B, K, m), so that a
+class-token row, which is one-hot, costs O(n·dh) instead of O(n²·dh).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_same, expect_shape, register_operator
-from .torch_tiles import row_propagation_tiles
-
-PHIS = ("p", "p_relu_g")
+from ..dispatch import accumulation_dtype, expect_mask, expect_same, expect_shape, register_operator
+from ..phi import PHIS, WITH_GRADIENT, WITH_MAP, expect_phi
+from .torch_tiles import row_propagation_by_head_tiles, row_propagation_tiles
 
 
 def row_propagation(
-    query: Tensor,
-    key: Tensor,
-    logsumexp: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    logsumexp: Tensor | None,
     rows: Tensor,
     *,
     phi: str = "p",
@@ -30,21 +33,28 @@ def row_propagation(
     grad_out: Tensor | None = None,
     head_weights: Tensor | None = None,
     token_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    factor: float = 1.0,
+    residual: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Propagate running rows through one attention layer; the head average is taken inside.
 
     Args:
         query: (B, H, m, dh), the rows of the map that ``rows`` weighs; any strides, so packed qkv views are read in place.
+            None where φ reads G alone, as ``key`` and ``logsumexp``.
         key: (B, H, n, dh).
-        logsumexp: (B, H, m), natural logarithm, of the scaled scores.
+        logsumexp: (B, H, m), natural logarithm, of the scaled and masked scores.
         rows: (B, K, m), the running rows; cast to the accumulation type.
-        phi: ``"p"`` for the attention map, ``"p_relu_g"`` for P·relu(G), which needs ``value`` and ``grad_out``.
+        phi: ``"p"``, ``"p_relu_g"``, ``"p_g"``, ``"relu_g"`` or ``"abs_g"``; all but the first need ``value`` and ``grad_out``.
         scale: factor of the scores, usually dh ** -0.5.
         value: (B, H, n, dv).
         grad_out: (B, H, m, dv), gradient of the explained scalar with respect to the attention output.
         head_weights: (B, H); the plain mean over heads where None.
         token_weights: (B, H, n), a factor per head and key token; 1 where None.
+        mask: broadcastable to (B, H, m, n): boolean, True where a key takes part, or added to the scores.
+        factor: of the head average.
+        residual: weight of the rows themselves in the result, of tokens 0 to m − 1.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -54,43 +64,135 @@ def row_propagation(
         ValueError: a shape, dtype, device or name that does not fit.
         RuntimeError: Triton was asked for where it cannot run.
     """
-    if phi not in PHIS:
-        raise ValueError(f"unknown phi {phi!r}: expected one of {', '.join(PHIS)}")
+    expect_phi(phi)
     sizes: dict[str, int] = {}
-    expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
-    expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
-    expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
+    inputs = _checked(
+        query, key, logsumexp, value, grad_out, mask, sizes, uses_map=phi in WITH_MAP, uses_grad=phi in WITH_GRADIENT
+    )
+    query, key, logsumexp, value, grad_out, mask = inputs
+    source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
     expect_shape("rows", rows, ("B", "K", "m"), sizes)
-    expect_same("key", key, "query", query)
-    expect_same("logsumexp", logsumexp, "query", query, dtype=False)
-    expect_same("rows", rows, "query", query, dtype=False)
-    if phi == "p":
-        value = grad_out = None
-    elif value is None or grad_out is None:
-        raise ValueError(f"phi {phi!r}: expected value and grad_out, received None")
-    else:
-        expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
-        expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
-        expect_same("value", value, "query", query)
-        expect_same("grad_out", grad_out, "query", query)
+    expect_same("rows", rows, source_name, source, dtype=False)
     if head_weights is not None:
         expect_shape("head_weights", head_weights, ("B", "H"), sizes)
-        expect_same("head_weights", head_weights, "query", query, dtype=False)
+        expect_same("head_weights", head_weights, source_name, source, dtype=False)
     if token_weights is not None:
         expect_shape("token_weights", token_weights, ("B", "H", "n"), sizes)
-        expect_same("token_weights", token_weights, "query", query, dtype=False)
-    return _operator(query, key, value, grad_out, logsumexp, rows, head_weights, token_weights, float(scale), phi, backend)
+        expect_same("token_weights", token_weights, source_name, source, dtype=False)
+    if residual and sizes["m"] > sizes["n"]:
+        raise ValueError(f"residual: expected at most n={sizes['n']} query rows, received {sizes['m']}")
+    return _rows_operator(
+        query,
+        key,
+        value,
+        grad_out,
+        logsumexp,
+        rows,
+        head_weights,
+        token_weights,
+        mask,
+        float(scale),
+        float(factor),
+        float(residual),
+        phi,
+        backend,
+    )
 
 
-def _fake(query: Tensor, key: Tensor, value, grad_out, logsumexp, rows: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
-    shape = (query.shape[0], rows.shape[1], key.shape[2])
-    return torch.empty(shape, dtype=accumulation_dtype(query.dtype), device=query.device)
+def row_propagation_by_head(
+    query: Tensor | None,
+    key: Tensor | None,
+    logsumexp: Tensor | None,
+    rows: Tensor,
+    *,
+    phi: str = "p",
+    scale: float,
+    value: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    mask: Tensor | None = None,
+    norms: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Every head's own row S_h and, in the same pass over the tiles, Σ_ij |G_h[i, j]|: for weights that depend on the norms.
+
+    Args: as for ``row_propagation``, but
+        rows: (B, m), one row an image.
+        norms: also sum |G| over the passed query rows; needs ``value`` and ``grad_out`` whatever φ is.
+
+    Returns:
+        (B, H, n) and (B, H), float32 (float64 for float64 inputs); without ``norms`` the second is empty.
+
+    Raises:
+        ValueError: a shape, dtype, device or name that does not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    expect_phi(phi)
+    sizes: dict[str, int] = {}
+    query, key, logsumexp, value, grad_out, mask = _checked(
+        query, key, logsumexp, value, grad_out, mask, sizes,
+        uses_map=phi in WITH_MAP, uses_grad=phi in WITH_GRADIENT or norms,
+    )  # fmt: skip
+    source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
+    expect_shape("rows", rows, ("B", "m"), sizes)
+    expect_same("rows", rows, source_name, source, dtype=False)
+    return _by_head_operator(query, key, value, grad_out, logsumexp, rows, mask, float(scale), phi, norms, backend)
 
 
-_operator = register_operator(
-    "row_propagation(Tensor query, Tensor key, Tensor? value, Tensor? grad_out, Tensor logsumexp, Tensor rows, "
-    "Tensor? head_weights, Tensor? token_weights, float scale, str phi, str backend) -> Tensor",
+def _checked(query, key, logsumexp, value, grad_out, mask, sizes: dict[str, int], *, uses_map: bool, uses_grad: bool):
+    """The inputs, checked; those that φ does not read are None."""
+    if uses_map:
+        for name, tensor in (("query", query), ("key", key), ("logsumexp", logsumexp)):
+            if tensor is None:
+                raise ValueError(f"{name}: expected a tensor, received None")
+        expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
+        expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
+        expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
+        expect_same("key", key, "query", query)
+        expect_same("logsumexp", logsumexp, "query", query, dtype=False)
+    if uses_grad:
+        if value is None or grad_out is None:
+            raise ValueError("this phi reads the gradient: expected value and grad_out, received None")
+        expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
+        expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
+        expect_same("value", value, "grad_out", grad_out)
+        if uses_map:
+            expect_same("grad_out", grad_out, "query", query)
+    if mask is not None and uses_map:
+        mask = expect_mask(mask, "query", query, sizes)
+    if not uses_map:
+        query = key = logsumexp = mask = None
+    if not uses_grad:
+        value = grad_out = None
+    return query, key, logsumexp, value, grad_out, mask
+
+
+def _rows_fake(query, key, value, grad_out, logsumexp, rows: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+    keys = value if key is None else key
+    shape = (rows.shape[0], rows.shape[1], keys.shape[2])
+    return torch.empty(shape, dtype=accumulation_dtype(keys.dtype), device=rows.device)
+
+
+def _by_head_fake(query, key, value, grad_out, logsumexp, rows, mask, scale, phi, norms: bool, backend):  # noqa: ARG001
+    keys = value if key is None else key
+    out = torch.empty((*keys.shape[:2], keys.shape[2]), dtype=accumulation_dtype(keys.dtype), device=keys.device)
+    return out, out.new_empty(keys.shape[:2] if norms else 0)
+
+
+_INPUTS = "Tensor? query, Tensor? key, Tensor? value, Tensor? grad_out, Tensor? logsumexp, Tensor rows"
+_rows_operator = register_operator(
+    f"row_propagation({_INPUTS}, Tensor? head_weights, Tensor? token_weights, Tensor? mask, float scale, float factor, "
+    "float residual, str phi, str backend) -> Tensor",
     row_propagation_tiles,
     f"{__name__}.triton_kernel",
-    _fake,
+    "launch_rows",
+    _rows_fake,
 )
+_by_head_operator = register_operator(
+    f"row_propagation_by_head({_INPUTS}, Tensor? mask, float scale, str phi, bool norms, str backend) -> (Tensor, Tensor)",
+    row_propagation_by_head_tiles,
+    f"{__name__}.triton_kernel",
+    "launch_by_head",
+    _by_head_fake,
+)
+
+__all__ = ["PHIS", "row_propagation", "row_propagation_by_head"]

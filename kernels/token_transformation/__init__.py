@@ -3,7 +3,8 @@
     NECC(j) = exp cos(x_j, f_j) / Σ_k exp cos(x_k, f_k)                  over all n tokens
     W(j)    = ‖f_j‖ / ‖x_j‖ · NECC(j)
 
-``token_transformation`` reads both vectors. ``attention_token_transformation`` has f_h,j = v_h,j W_h for every head and
+``token_transformation`` reads both vectors; ``add_token_transformation`` also makes the first, as the sum of the residual
+stream and the branch before. ``attention_token_transformation`` has f_h,j = v_h,j W_h for every head and
 never forms it: ‖v W_h‖² = v (W_h W_hᵀ) vᵀ needs one dv × dv Gram matrix a head, and x · (v W_h) = (x W_hᵀ) · v needs one
 projection of x. Source: VTranM / Token Transformation Matters (CVPR 2024).
 """
@@ -37,11 +38,43 @@ def token_transformation(
         ValueError: a shape, dtype, device or name that does not fit.
         RuntimeError: Triton was asked for where it cannot run.
     """
+    _expect_tokens(tokens, transformed=transformed)
+    return _token_operator(tokens, None, transformed, length, necc, float(necc_scale), backend)[0]
+
+
+def add_token_transformation(
+    tokens: Tensor,
+    branch: Tensor,
+    transformed: Tensor,
+    *,
+    length: bool = True,
+    necc: bool = True,
+    necc_scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``token_transformation`` fused with the residual add before it: y = tokens + branch, and the weights of y and transformed.
+
+    Args: as for ``token_transformation``, but
+        tokens: (B, n, d), the residual stream before the add.
+        branch: (B, n, d), added to it.
+
+    Returns:
+        y (B, n, d) in the inputs' dtype, as the model's own add would round it, and the weights (B, n).
+
+    Raises:
+        ValueError: a shape, dtype, device or name that does not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    _expect_tokens(tokens, branch=branch, transformed=transformed)
+    weights, summed = _token_operator(tokens, branch, transformed, length, necc, float(necc_scale), backend)
+    return summed, weights
+
+
+def _expect_tokens(tokens: Tensor, **others: Tensor) -> None:
     sizes: dict[str, int] = {}
-    expect_shape("tokens", tokens, ("B", "n", "d"), sizes)
-    expect_shape("transformed", transformed, ("B", "n", "d"), sizes)
-    expect_same("transformed", transformed, "tokens", tokens)
-    return _token_operator(tokens, transformed, length, necc, float(necc_scale), backend)
+    for name, tensor in {"tokens": tokens, **others}.items():
+        expect_shape(name, tensor, ("B", "n", "d"), sizes)
+        expect_same(name, tensor, "tokens", tokens)
 
 
 def attention_token_transformation(
@@ -85,8 +118,9 @@ def attention_token_transformation(
     return _attention_operator(tokens, value, projection, gram, length, necc, float(necc_scale), backend)
 
 
-def _token_fake(tokens: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
-    return torch.empty(tokens.shape[:2], dtype=accumulation_dtype(tokens.dtype), device=tokens.device)
+def _token_fake(tokens: Tensor, branch: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    weights = torch.empty(tokens.shape[:2], dtype=accumulation_dtype(tokens.dtype), device=tokens.device)
+    return weights, tokens.new_empty(0 if branch is None else tokens.shape)
 
 
 def _attention_fake(tokens: Tensor, value: Tensor, *rest: object) -> Tensor:  # noqa: ARG001
@@ -94,9 +128,11 @@ def _attention_fake(tokens: Tensor, value: Tensor, *rest: object) -> Tensor:  # 
 
 
 _token_operator = register_operator(
-    "token_transformation(Tensor tokens, Tensor transformed, bool length, bool necc, float necc_scale, str backend) -> Tensor",
+    "token_transformation(Tensor tokens, Tensor? branch, Tensor transformed, bool length, bool necc, float necc_scale, "
+    "str backend) -> (Tensor, Tensor)",
     token_transformation_rows,
     f"{__name__}.token_kernel",
+    "launch_tokens",
     _token_fake,
 )
 _attention_operator = register_operator(
@@ -104,5 +140,6 @@ _attention_operator = register_operator(
     "bool length, bool necc, float necc_scale, str backend) -> Tensor",
     attention_token_transformation_rows,
     f"{__name__}.attention_kernel",
+    "launch_heads",
     _attention_fake,
 )

@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..triton_common import check_dtype, dot_precision, load_tokens, padded_head_dim, with_unit_last_stride
-from .common import BLOCK_TOKENS, ROWWISE_STAGES, normalised, unnormalised_weight
+from .common import BLOCK_TOKENS, BLOCK_WIDTH, ROWWISE, normalise, unnormalised_weight
 
-BLOCK_WIDTH = 128
 BLOCK_COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_heads", "num_tokens", "num_dims"])
 def attention_token_transformation_kernel(
     tokens, value, projection, gram, weights, partial_sums,
     stride_tokens_batch, stride_tokens_token,
     stride_value_batch, stride_value_head, stride_value_token,
     stride_projection_batch, stride_projection_head, stride_projection_token,
-    num_heads, num_tokens, width,
+    num_heads, num_tokens, num_dims,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
     LENGTH: tl.constexpr, NECC: tl.constexpr, SPLIT_GRAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -31,11 +31,12 @@ def attention_token_transformation_kernel(
     m_t, m_d = o_t < num_tokens, o_d < HEAD_DIM
     b_tokens_sq = tl.zeros((BLOCK_T,), dtype=tl.float32)
     p_tokens = tokens + i_b * stride_tokens_batch
-    for start in range(0, width, BLOCK_W):
+    for start in range(0, num_dims, BLOCK_W):
         o_w = start + tl.arange(0, BLOCK_W)
-        b_tokens = load_tokens(p_tokens, stride_tokens_token, o_t, m_t, o_w, o_w < width).to(tl.float32)  # (BLOCK_T, BLOCK_W)
+        b_tokens = load_tokens(p_tokens, stride_tokens_token, o_t, m_t, o_w, o_w < num_dims).to(tl.float32)  # (BLOCK_T, BLOCK_W)
         b_tokens_sq += tl.sum(b_tokens * b_tokens, axis=1)
-    for i_h in range(num_heads):
+    for head in range(num_heads):
+        i_h = tl.cast(head, tl.int64)
         i_bh = i_b * num_heads + i_h
         p_value = value + i_b * stride_value_batch + i_h * stride_value_head
         p_projection = projection + i_b * stride_projection_batch + i_h * stride_projection_head
@@ -55,24 +56,30 @@ def attention_token_transformation_kernel(
             b_transformed_sq += tl.sum(b_moved * b_columns, axis=1)
         b_weight, b_exp = unnormalised_weight(b_dot, b_tokens_sq, b_transformed_sq, LENGTH, NECC)
         tl.store(weights + i_bh * num_tokens + o_t, b_weight, mask=m_t)
-        tl.store(partial_sums + i_bh * tl.num_programs(0) + i_t, tl.sum(tl.where(m_t, b_exp, 0.0), axis=0))
+        if NECC:
+            tl.store(partial_sums + i_bh * tl.num_programs(0) + i_t, tl.sum(tl.where(m_t, b_exp, 0.0), axis=0))
 
 
-def launch(
+def launch_heads(
     tokens: Tensor, value: Tensor, projection: Tensor, gram: Tensor, length: bool, necc: bool, necc_scale: float
 ) -> Tensor:
     """See ``attention_token_transformation``: returns (B, H, n) float32."""
     check_dtype(tokens)
-    tokens, value, projection = (with_unit_last_stride(tensor) for tensor in (tokens, value, projection))
+    tokens, value, projection = map(with_unit_last_stride, (tokens, value, projection))
     batch, heads, num_tokens, head_dim = value.shape
     blocks, block_d = triton.cdiv(num_tokens, BLOCK_TOKENS), padded_head_dim(head_dim)
     weights = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=tokens.device)
-    partial_sums = torch.empty(batch, heads, blocks, dtype=torch.float32, device=tokens.device)
-    attention_token_transformation_kernel[(blocks, batch)](
+    partial_sums = torch.empty(batch, heads, blocks, dtype=torch.float32, device=tokens.device) if necc else None
+    arguments = (
         tokens, value, projection, gram.contiguous(), weights, partial_sums,
         *tokens.stride()[:2], *value.stride()[:3], *projection.stride()[:3], heads, num_tokens, tokens.shape[2],
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_T=BLOCK_TOKENS, BLOCK_W=BLOCK_WIDTH, BLOCK_C=min(BLOCK_COLUMNS, block_d),
-        LENGTH=length, NECC=necc, SPLIT_GRAM=value.dtype != torch.float32, PRECISION=dot_precision(value.dtype),
-        num_warps=4, num_stages=ROWWISE_STAGES,
     )  # fmt: skip
-    return normalised(weights, partial_sums, necc, necc_scale)
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_T": BLOCK_TOKENS, "BLOCK_W": BLOCK_WIDTH,
+        "BLOCK_C": min(BLOCK_COLUMNS, block_d), "LENGTH": length, "NECC": necc,
+        "SPLIT_GRAM": value.dtype != torch.float32, "PRECISION": dot_precision(value.dtype),
+    }  # fmt: skip
+    launch(attention_token_transformation_kernel, (blocks, batch), arguments, constants, ROWWISE)
+    if necc:
+        normalise(weights, partial_sums, necc_scale)
+    return weights

@@ -6,8 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
+from ..launch_table import TileConfig
+
 BLOCK_TOKENS = 32
-ROWWISE_STAGES = 2
+BLOCK_WIDTH = 128
+ROWWISE = TileConfig(BLOCK_TOKENS, BLOCK_WIDTH, 4, 2)
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -23,6 +27,23 @@ def unnormalised_weight(b_dot, b_tokens_sq, b_transformed_sq, LENGTH: tl.constex
     return b_weight, b_exp
 
 
-def normalised(weights: Tensor, partial_sums: Tensor, necc: bool, necc_scale: float) -> Tensor:
-    """Divide by the sum of exponentials over all tokens: (…, n) and (…, blocks) to (…, n)."""
-    return weights * (necc_scale / partial_sums.sum(-1, keepdim=True)) if necc else weights
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+def normalise_kernel(weights, partial_sums, num_tokens, num_blocks, necc_scale, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """grid (token blocks, groups): ``weights`` (groups, n) times necc_scale / Σ ``partial_sums`` (groups, blocks), in place."""
+    i_t, i_g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b_sums = tl.zeros((BLOCK_S,), dtype=tl.float32)
+    for start in range(0, num_blocks, BLOCK_S):
+        o_s = start + tl.arange(0, BLOCK_S)
+        b_sums += tl.load(partial_sums + i_g * num_blocks + o_s, mask=o_s < num_blocks, other=0.0)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    p_weights = weights + i_g * num_tokens + o_t
+    b_weights = tl.load(p_weights, mask=o_t < num_tokens, other=0.0)
+    tl.store(p_weights, b_weights * (necc_scale / tl.sum(b_sums, axis=0)), mask=o_t < num_tokens)
+
+
+def normalise(weights: Tensor, partial_sums: Tensor, necc_scale: float) -> None:
+    """Divide, in place, by the sum of exponentials over all tokens: (…, n) by (…, blocks)."""
+    num_tokens, num_blocks, block_t = weights.shape[-1], partial_sums.shape[-1], 256
+    grid = (triton.cdiv(num_tokens, block_t), weights.numel() // num_tokens)
+    arguments = (weights, partial_sums, num_tokens, num_blocks, float(necc_scale))
+    launch(normalise_kernel, grid, arguments, {"BLOCK_T": block_t, "BLOCK_S": 64}, ROWWISE)

@@ -8,14 +8,16 @@ from torch import Tensor
 from ..dispatch import accumulation_dtype
 
 
-def token_transformation_rows(tokens: Tensor, transformed: Tensor, length: bool, necc: bool, necc_scale: float) -> Tensor:
-    """See ``token_transformation``: (B, n, d) twice to (B, n)."""
+def token_transformation_rows(
+    tokens: Tensor, branch: Tensor | None, transformed: Tensor, length: bool, necc: bool, necc_scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ``token_transformation``: weights (B, n), and tokens + branch (empty without ``branch``)."""
     dtype = accumulation_dtype(tokens.dtype)
-    tokens, transformed = tokens.to(dtype), transformed.to(dtype)
-    dot = _inner_product(tokens, transformed)
-    return _weights(
-        dot, torch.linalg.vector_norm(tokens, dim=-1), torch.linalg.vector_norm(transformed, dim=-1), length, necc, necc_scale
-    )
+    entering = tokens if branch is None else tokens + branch
+    wide, moved = entering.to(dtype), transformed.to(dtype)
+    norms = (torch.linalg.vector_norm(vectors, dim=-1) for vectors in (wide, moved))
+    weights = _weights(_inner_product(wide, moved), *norms, length, necc, necc_scale)
+    return weights, tokens.new_empty(0) if branch is None else entering
 
 
 def attention_token_transformation_rows(

@@ -3,54 +3,123 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from vitexplain.kernels import attention_token_transformation, head_norms, row_propagation, token_transformation
+from vitexplain.kernels import (
+    PHIS,
+    add_token_transformation,
+    attention_backward,
+    attention_token_transformation,
+    contribution_map,
+    head_norms,
+    interpreting,
+    row_propagation,
+    row_propagation_by_head,
+    token_transformation,
+)
+from vitexplain.kernels.launch import forced_config
+from vitexplain.kernels.launch_table import TileConfig
 
 from .conftest import DTYPES
 from .reference import (
+    MASKS,
+    AttentionInputs,
     assert_within_error_budget,
     attention_inputs,
+    dense_backward,
     dense_head_norms,
+    dense_maps,
     dense_row_propagation,
     dense_token_transformation,
+    dense_update,
 )
 
 pytestmark = pytest.mark.interpreter
 
-LENGTHS = [1, 16, 17, 40, 65, 197]
-HEAD_DIMS = [16, 48, 64, 72, 80, 88, 128]
-SHAPES = [*((n, 64) for n in LENGTHS), *((33, dh) for dh in HEAD_DIMS)]
+LENGTHS = [1, 16, 17, 197, 198, 257]
+LONG = [577, 1025, 1370]  # one image and head, large tiles: the interpreter's time goes with the number of tiles
+HEAD_DIMS = [16, 32, 48, 72, 80, 88, 128, 256]
+SHAPES = [*((n, 64) for n in LENGTHS), *((33, dh) for dh in HEAD_DIMS), *((n, 64) for n in LONG)]
 SWITCHES = list(itertools.product((True, False), repeat=2))
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
-@pytest.mark.parametrize("phi", ["p", "p_relu_g"])
+@pytest.fixture
+def shape_of_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Large tiles for long sequences in the interpreter."""
+    long = request.node.callspec.params.get("n", 0) in LONG
+    with forced_config(TileConfig(128, 256, 4, 1)) if long and interpreting() else nullcontext():
+        yield
+
+
+def _inputs(n: int, head_dim: int, dtype: torch.dtype, **options: object) -> AttentionInputs:
+    few = {"batch": 1, "heads": 2} if n in LONG else {}
+    return attention_inputs(n, head_dim, dtype, **few, **options)
+
+
+@pytest.mark.usefixtures("shape_of_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "head_dim"), SHAPES)
-def test_row_propagation_of_one_row(backend, n: int, head_dim: int, dtype: torch.dtype, phi: str, weighted: bool) -> None:
-    inputs = attention_inputs(n, head_dim, dtype)
-    actual = row_propagation(
-        inputs.query, inputs.key, inputs.logsumexp, inputs.rows, backend=backend, **inputs.keywords(phi, weighted)
-    )
-    exact = dense_row_propagation(inputs, phi, weighted, torch.float64)
-    assert_within_error_budget(actual, exact, dense_row_propagation(inputs, phi, weighted, dtype), dtype)
+def test_row_propagation_of_one_row(backend, n: int, head_dim: int, dtype: torch.dtype) -> None:
+    inputs = _inputs(n, head_dim, dtype)
+    for phi, weighted in (("p", False), ("p_relu_g", True)):
+        actual = row_propagation(*inputs.layer, inputs.rows, backend=backend, **inputs.keywords(phi, weighted))
+        exact, plain = (dense_row_propagation(inputs, phi, weighted, kind) for kind in (torch.float64, dtype))
+        assert_within_error_budget(actual, exact, plain, dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
+@pytest.mark.parametrize("phi", PHIS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_row_propagation_with_every_weighing_and_mask(backend, num_rows: int, mask: str, phi: str, weighted: bool) -> None:
+    for dtype in DTYPES:
+        inputs = attention_inputs(37, 32, dtype, num_rows=num_rows, mask=mask)
+        keywords = inputs.keywords(phi, weighted)
+        actual = row_propagation(*inputs.layer, inputs.rows, backend=backend, factor=0.5, residual=0.25, **keywords)
+        exact, plain = (
+            0.5 * dense_row_propagation(inputs, phi, weighted, kind) + 0.25 * inputs.rows for kind in (torch.float64, dtype)
+        )
+        assert_within_error_budget(actual, exact, plain, dtype)
 
 
 @pytest.mark.parametrize("phi", ["p", "p_relu_g"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "num_rows", "num_queries"), [(33, 5, None), (40, 40, None), (33, 1, 1), (65, 2, 3), (17, 33, 2)])
+@pytest.mark.parametrize(("n", "num_rows", "num_queries"), [(40, 40, None), (33, 1, 1), (65, 2, 3), (17, 33, 2), (70, 90, None)])
 def test_row_propagation_of_many_rows_and_of_leading_queries(
     backend, n: int, num_rows: int, num_queries, dtype, phi: str
 ) -> None:
     inputs = attention_inputs(n, 48, dtype, num_rows=num_rows, num_queries=num_queries)
-    actual = row_propagation(
-        inputs.query, inputs.key, inputs.logsumexp, inputs.rows, backend=backend, **inputs.keywords(phi, weighted=True)
-    )
-    exact = dense_row_propagation(inputs, phi, True, torch.float64)
-    assert_within_error_budget(actual, exact, dense_row_propagation(inputs, phi, True, dtype), dtype)
+    actual = row_propagation(*inputs.layer, inputs.rows, backend=backend, residual=1.0, **inputs.keywords(phi, weighted=True))
+    exact, plain = (dense_row_propagation(inputs, phi, True, kind) for kind in (torch.float64, dtype))
+    for expected in (exact, plain):
+        expected[..., : inputs.rows.shape[-1]] += inputs.rows
+    assert_within_error_budget(actual, exact, plain, dtype)
+
+
+@pytest.mark.parametrize("phi", PHIS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "num_queries", "mask"), [(17, None, "none"), (130, None, "boolean"), (65, 2, "none")])
+def test_rows_and_norms_of_every_head(backend, n: int, num_queries, mask: str, dtype: torch.dtype, phi: str) -> None:
+    inputs = attention_inputs(n, 48, dtype, num_queries=num_queries, mask=mask)
+    rows = inputs.rows[:, 0]
+    gradient = {"value": inputs.value, "grad_out": inputs.grad_out}
+    keywords = {"phi": phi, "scale": inputs.scale, "mask": inputs.mask, "backend": backend, **gradient}
+    moved, norms = row_propagation_by_head(*inputs.layer, rows, norms=True, **keywords)
+    exact, plain = (torch.einsum("bi,bhij->bhj", rows.to(m.dtype), m) for m in _maps(inputs, phi, dtype))
+    assert_within_error_budget(moved, exact, plain, dtype)
+    exact, plain = (dense_head_norms(inputs.value, inputs.grad_out, "l1", kind) for kind in (torch.float64, dtype))
+    assert_within_error_budget(norms, exact, plain, dtype)
+    without, nothing = row_propagation_by_head(*inputs.layer, rows, **keywords)
+    assert torch.equal(without, moved)
+    assert nothing.numel() == 0
+
+
+def _maps(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return dense_maps(inputs, phi, torch.float64), dense_maps(inputs, phi, dtype)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -61,25 +130,92 @@ def test_row_propagation_of_many_rows_and_of_leading_queries(
 def test_head_norms(backend, n: int, head_dim: int, num_queries, dtype: torch.dtype, norm: str) -> None:
     inputs = attention_inputs(n, head_dim, dtype, num_queries=num_queries)
     actual = head_norms(inputs.value, inputs.grad_out, norm=norm, backend=backend)
-    exact = dense_head_norms(inputs.value, inputs.grad_out, norm, torch.float64)
-    assert_within_error_budget(actual, exact, dense_head_norms(inputs.value, inputs.grad_out, norm, dtype), dtype)
-
-
-@pytest.mark.parametrize(("length", "necc"), SWITCHES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "width"), [(1, 48), (17, 192), (65, 100), (197, 384)])
-def test_token_transformation(backend, n: int, width: int, dtype: torch.dtype, length: bool, necc: bool) -> None:
-    generator = torch.Generator().manual_seed(n)
-    tokens, moved = torch.randn(2, 2, n, width, generator=generator).to(dtype).unbind(0)
-    actual = token_transformation(tokens, moved, length=length, necc=necc, necc_scale=float(n), backend=backend)
-    exact = dense_token_transformation(tokens, moved, length, necc, n, torch.float64)
-    plain = dense_token_transformation(tokens, moved, length, necc, n, dtype)
+    exact, plain = (dense_head_norms(inputs.value, inputs.grad_out, norm, kind) for kind in (torch.float64, dtype))
     assert_within_error_budget(actual, exact, plain, dtype)
 
 
+@pytest.mark.usefixtures("shape_of_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "head_dim"), SHAPES)
+def test_attention_backward_beside_the_row(backend, n: int, head_dim: int, dtype: torch.dtype) -> None:
+    _check_backward(_inputs(n, head_dim, dtype), "p_relu_g", False, dtype, backend)
+
+
+@pytest.mark.parametrize("phi", PHIS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_backward_with_every_weighing_and_mask(backend, mask: str, phi: str) -> None:
+    for dtype in DTYPES:
+        _check_backward(attention_inputs(130, 32, dtype, mask=mask), phi, True, dtype, backend)
+
+
+def _check_backward(inputs: AttentionInputs, phi: str, norms: bool, dtype: torch.dtype, backend: str) -> None:
+    rows = inputs.rows[:, 0]
+    *gradients, moved, sums = attention_backward(
+        inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, rows,
+        phi=phi, scale=inputs.scale, mask=inputs.mask, norms=norms, backend=backend,
+    )  # fmt: skip
+    for actual, exact, plain in zip(gradients, dense_backward(inputs, torch.float64), dense_backward(inputs, dtype), strict=True):
+        assert actual.dtype == dtype
+        assert_within_error_budget(actual, exact, plain, dtype)
+    exact, plain = (torch.einsum("bi,bhij->bhj", rows.to(m.dtype), m) for m in _maps(inputs, phi, dtype))
+    assert_within_error_budget(moved, exact, plain, dtype)
+    if norms:
+        exact, plain = (dense_head_norms(inputs.value, inputs.grad_out, "l1", kind) for kind in (torch.float64, dtype))
+        assert_within_error_budget(sums, exact, plain, dtype)
+    else:
+        assert sums.numel() == 0
+
+
+@pytest.mark.usefixtures("shape_of_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "head_dim"), [*((n, 64) for n in (1, 16, 17, 65, 130, 577)), *((33, dh) for dh in HEAD_DIMS)])
+def test_contribution_map(backend, n: int, head_dim: int, dtype: torch.dtype) -> None:
+    _check_map(_inputs(n, head_dim, dtype), "p_relu_g", True, dtype, backend)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
+@pytest.mark.parametrize("phi", PHIS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_contribution_map_with_every_weighing_and_mask(backend, mask: str, phi: str, weighted: bool) -> None:
+    for dtype in DTYPES:
+        _check_map(attention_inputs(37, 32, dtype, mask=mask), phi, weighted, dtype, backend)
+
+
+def _check_map(inputs: AttentionInputs, phi: str, weighted: bool, dtype: torch.dtype, backend: str) -> None:
+    batch, _, n, _ = inputs.query.shape
+    generator = torch.Generator().manual_seed(n)
+    contribution = torch.rand(batch, n, n, generator=generator)
+    factors = inputs.row_factors if weighted else None
+    actual = contribution_map(
+        *inputs.layer, contribution, row_factors=factors, factor=0.5, residual=0.75, backend=backend,
+        **inputs.keywords(phi, weighted),
+    )  # fmt: skip
+
+    def dense(kind: torch.dtype) -> torch.Tensor:
+        update = 0.5 * dense_update(inputs, phi, weighted, kind)
+        composed = (update + 0.75 * torch.eye(n, dtype=update.dtype)) @ contribution.to(update.dtype)
+        return composed if factors is None else factors.to(update.dtype).unsqueeze(-1) * composed
+
+    assert_within_error_budget(actual, dense(torch.float64), dense(dtype), dtype)
+
+
 @pytest.mark.parametrize(("length", "necc"), SWITCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "head_dim"), [(1, 64), (17, 48), (65, 80), (197, 64)])
+@pytest.mark.parametrize(("n", "width"), [(1, 48), (17, 192), (65, 100), (197, 384), (1370, 64)])
+def test_token_transformation(backend, n: int, width: int, dtype: torch.dtype, length: bool, necc: bool) -> None:
+    generator = torch.Generator().manual_seed(n)
+    tokens, branch, moved = torch.randn(3, 2, n, width, generator=generator).to(dtype).unbind(0)
+    switches = {"length": length, "necc": necc, "necc_scale": float(n), "backend": backend}
+    summed, beside = add_token_transformation(tokens, branch, moved, **switches)
+    assert torch.equal(summed, tokens + branch)
+    for entering, actual in ((tokens, token_transformation(tokens, moved, **switches)), (summed, beside)):
+        exact, plain = (dense_token_transformation(entering, moved, length, necc, n, kind) for kind in (torch.float64, dtype))
+        assert_within_error_budget(actual, exact, plain, dtype)
+
+
+@pytest.mark.parametrize(("length", "necc"), SWITCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "head_dim"), [(1, 64), (17, 48), (65, 80), (197, 64), (33, 256), (577, 32)])
 def test_attention_token_transformation(backend, n: int, head_dim: int, dtype: torch.dtype, length: bool, necc: bool) -> None:
     inputs = attention_inputs(n, head_dim, dtype)
     heads, width = 3, 100
@@ -97,7 +233,28 @@ def test_attention_token_transformation(backend, n: int, head_dim: int, dtype: t
 
 
 def test_nothing_is_written_beyond_the_result(backend, monkeypatch) -> None:
-    """Results are made inside a larger buffer of sentinels, which must survive."""
+    """Results are made inside larger buffers of sentinels, which must survive, beside the same results."""
+    inputs = attention_inputs(33, 48, torch.float32, num_rows=3)
+    tokens = torch.randn(3, 2, 33, 40).unbind(0)
+    weight = torch.randn(40, 3 * 48)
+
+    def everything() -> list[torch.Tensor]:
+        keywords = {"phi": "p_relu_g", "scale": inputs.scale, "backend": backend}
+        gradient = {"value": inputs.value, "grad_out": inputs.grad_out}
+        one = inputs.rows[:, 0]
+        return [
+            row_propagation(*inputs.layer, inputs.rows, **gradient, **keywords),
+            row_propagation(*inputs.layer, inputs.rows[:, :1], **gradient, **keywords),
+            *row_propagation_by_head(*inputs.layer, one, norms=True, **gradient, **keywords),
+            head_norms(inputs.value, inputs.grad_out, backend=backend),
+            contribution_map(*inputs.layer, torch.eye(33).expand(2, -1, -1), **gradient, **keywords),
+            *attention_backward(
+                inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, one, norms=True, **keywords
+            ),
+            *add_token_transformation(*tokens, backend=backend),
+            attention_token_transformation(tokens[0], inputs.value, weight, backend=backend),
+        ]
+
     real_empty, guarded = torch.empty, []
 
     def empty_with_guards(*shape, **options) -> torch.Tensor:
@@ -107,33 +264,44 @@ def test_nothing_is_written_beyond_the_result(backend, monkeypatch) -> None:
         guarded.append((buffer, numel))
         return buffer[64 : 64 + numel].view(shape)
 
-    inputs = attention_inputs(33, 48, torch.float32, num_rows=3)
-    expected = row_propagation(
-        inputs.query, inputs.key, inputs.logsumexp, inputs.rows, backend=backend, **inputs.keywords("p", True)
-    )
+    expected = everything()
     monkeypatch.setattr(torch, "empty", empty_with_guards)
-    actual = row_propagation(
-        inputs.query, inputs.key, inputs.logsumexp, inputs.rows, backend=backend, **inputs.keywords("p", True)
-    )
-    head_norms(inputs.value, inputs.grad_out, backend=backend)
+    actual = everything()
     monkeypatch.setattr(torch, "empty", real_empty)
-    assert torch.equal(actual, expected)
-    assert guarded
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    assert guarded or backend == "torch"
     for buffer, numel in guarded:
         assert (buffer[:64] == 12345).all()
         assert (buffer[64 + numel :] == 12345).all()
 
 
 @pytest.mark.parametrize("shape", ["class_token_n17", "mean_pooling"])
-def test_a_whole_explanation_by_every_method(backend, shape: str) -> None:
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+def test_a_whole_explanation_by_every_method(backend, shape: str, passes: str) -> None:
     import vitexplain
+    from vitexplain.kernels.attention_backward.choose import forced
 
     from ..conftest import MODEL_SHAPES, all_tokens, build_model, images_for, relative_error
 
     model = build_model(**MODEL_SHAPES[shape])
     images = images_for(model, 2)
     methods = [info.name for info in vitexplain.methods()]
-    ours = vitexplain.explain(model, images, method=methods, backend=backend)
+    with forced(passes):
+        ours = vitexplain.explain(model, images, method=methods, backend=backend)
     dense = vitexplain.explain(model, images, method=methods, backend="dense")
     for name in methods:
         assert relative_error(all_tokens(ours[name]), all_tokens(dense[name])) <= 1e-5, name
+
+
+def test_all_rows_of_every_chain(backend) -> None:
+    import vitexplain
+
+    from ..conftest import MODEL_SHAPES, build_model, images_for, relative_error
+
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 2)
+    methods = [info.name for info in vitexplain.methods() if info.all_rows]
+    ours = vitexplain.explain(model, images, method=methods, rows="all", backend=backend)
+    dense = vitexplain.explain(model, images, method=methods, rows="all", backend="dense")
+    for name in methods:
+        assert relative_error(ours[name].contribution, dense[name].contribution) <= 1e-5, name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
 from ..models import Anatomy
-from ..relevance import Rows, Trace
+from ..relevance import Rows, Trace, Update, follow
 from ..tap import BlockTrace
 
 
@@ -132,3 +132,17 @@ class Method(ABC):
     def finish(self, state: Any, trace: Trace) -> Tensor:  # noqa: ARG002
         """(B, R, n) values of all tokens: R rows for chain methods, one for the others."""
         return state.values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainMethod(Method):
+    """A method whose map is one row of a product of update maps: it says what the map of a block is."""
+
+    is_chain: ClassVar[bool] = True
+
+    @abstractmethod
+    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:
+        """The block's update map; ``grad_out`` (B, H, n, dv) where ``uses_gradient``."""
+
+    def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:
+        return follow(state, block, self.update(trace, block, grad_out), grad_out)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..kernels import attention_token_transformation, token_transformation
 from ..kernels.dispatch import accumulation_dtype
-from ..relevance import Rows, Trace, propagate
+from ..relevance import Rows, Trace, Update
 from ..tap import BlockTrace
-from .base import Method, option
+from .base import ChainMethod, option
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class _Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTM(Method):
+class TokenTM(ChainMethod):
     """The class row of Π_l U_ffn,l U_mhsa,l C_0 with
 
         U_mhsa = I + mean_h[relu(G_h) ⊙ P_h · diag(W_h)],  U_ffn = I + diag(W_f),  C_0 = diag(‖x⁰‖)
@@ -41,7 +41,6 @@ class TokenTM(Method):
     cost: ClassVar[str] = "forward + backward + one attention forward per block"
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
-    is_chain: ClassVar[bool] = True
 
     score: str = option("logit", "the scalar explained", choices=("logit", "probability"))
     aggregate: bool = option(True, "multiply over all blocks; false: the last block alone")
@@ -84,11 +83,10 @@ class TokenTM(Method):
         mlp = token_transformation(block.mid_tokens, block.mlp_out.to(block.mid_tokens.dtype), **switches)
         return _Weights(norms, attention, mlp)
 
-    def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:  # noqa: ARG002
+    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:  # noqa: ARG002
         weights = block.observed.get(self, _Weights(None, None, None))
-        rows = state if weights.mlp is None else state.scaled(1 + weights.mlp)
-        moved = propagate(rows, block, phi="p_relu_g", grad_out=grad_out, token_weights=weights.attention)
-        return rows.dense(rows.values + moved)
+        factors = None if weights.mlp is None else 1 + weights.mlp
+        return Update(phi="p_relu_g", token_weights=weights.attention, token_factors=factors)
 
     def finish(self, state: Rows, trace: Trace) -> Tensor:
         if not (self.aggregate and self.length):

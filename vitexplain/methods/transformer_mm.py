@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..relevance import Rows, Trace, propagate
+from ..relevance import Trace, Update
 from ..tap import BlockTrace
-from .base import Method, option
+from .base import ChainMethod, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerMM(Method):
+class TransformerMM(ChainMethod):
     """The class row of Π_l (I + mean_h relu(P_h ⊙ G_h))."""
 
     name: ClassVar[str] = "transformer_mm"
@@ -24,9 +24,8 @@ class TransformerMM(Method):
     cost: ClassVar[str] = "forward + backward + one attention forward per block"
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
-    is_chain: ClassVar[bool] = True
 
     start_block: int = option(0, "first block of the product", minimum=0)
 
-    def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:  # noqa: ARG002
-        return state.dense(state.values + propagate(state, block, phi="p_relu_g", grad_out=grad_out))
+    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:  # noqa: ARG002
+        return Update(phi="p_relu_g")

@@ -1,7 +1,10 @@
 """Norms of the attention map's gradient G_h = grad_out_h · value_hᵀ per head, without forming it.
 
 L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
-L1: Σ_ij |grad_out_h,i · value_h,j|                              tiles, O(n²·dh), O(n) memory
+L1: Σ_ij |grad_out_h,i · value_h,j|                              the tiles of ``row_propagation`` with φ = |G|, O(n²·dh)
+
+The L2 norm is three library products on every backend. Where a row is propagated through the same layer anyway,
+``row_propagation_by_head`` gives the L1 norms in that pass.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_same, expect_shape, register_operator
-from .torch_tiles import l1_head_norms_tiles
+from .dispatch import accumulation_dtype, expect_same, expect_shape
+from .row_propagation import row_propagation_by_head
 
 NORMS = ("l1", "l2")
 
@@ -22,7 +25,7 @@ def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: st
         value: (B, H, n, dv).
         grad_out: (B, H, m, dv), gradient of the explained scalar with respect to the attention output.
         norm: ``"l1"``, the sum of |G|, or ``"l2"``, the Frobenius norm.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``. The L2 norm is a few library products on every backend.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         (B, H), float32 (float64 for float64 inputs).
@@ -39,22 +42,15 @@ def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: st
     expect_same("grad_out", grad_out, "value", value)
     if norm == "l2":
         return _l2_head_norms(value, grad_out)
-    return _operator(value, grad_out, backend)
+    dtype = accumulation_dtype(value.dtype)
+    ones = torch.ones((), dtype=dtype, device=value.device).expand(sizes["B"], sizes["m"])
+    by_column, _ = row_propagation_by_head(
+        None, None, None, ones, phi="abs_g", scale=1.0, value=value, grad_out=grad_out, backend=backend
+    )
+    return by_column.sum(-1)
 
 
 def _l2_head_norms(value: Tensor, grad_out: Tensor) -> Tensor:
     dtype = accumulation_dtype(value.dtype)
     gram_value, gram_grad = (tensor.to(dtype).transpose(-1, -2) @ tensor.to(dtype) for tensor in (value, grad_out))
     return (gram_value * gram_grad).sum((-1, -2)).clamp_min(0).sqrt()  # rounding can leave a tiny negative
-
-
-def _fake(value: Tensor, grad_out: Tensor, backend: str) -> Tensor:  # noqa: ARG001
-    return torch.empty(value.shape[:2], dtype=accumulation_dtype(value.dtype), device=value.device)
-
-
-_operator = register_operator(
-    "l1_head_norms(Tensor value, Tensor grad_out, str backend) -> Tensor",
-    l1_head_norms_tiles,
-    f"{__name__}.triton_kernel",
-    _fake,
-)

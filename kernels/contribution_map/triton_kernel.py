@@ -1,0 +1,146 @@
+"""``contribution_map`` in Triton: one launch does a layer's whole update.
+
+A program owns a block of queries (rows of the result) and a block of columns, and walks over key blocks: it makes the tile
+of U, averaged over heads, in registers and multiplies it at once with the rows of C that it meets. The fewer column blocks,
+the less often a tile of U is made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch, tile_config
+from ..phi import WITH_MAP
+from ..triton_common import (
+    LENGTHS,
+    LOG2_E,
+    SMALLEST_PRODUCT,
+    check_dtype,
+    dot_precision,
+    float32_product_precision,
+    load_head,
+    mask_kind,
+    mask_pointer,
+    mask_tile,
+    padded_head_dim,
+    probabilities,
+    strides,
+    weighed,
+    with_unit_last_stride,
+)
+
+LARGEST_COLUMN_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "num_tokens", "num_columns"])
+def contribution_map_kernel(
+    query, key, value, grad_out, logsumexp, mask, contribution, head_weights, token_weights, row_factors, out,
+    stride_query_batch, stride_query_head, stride_query_token,
+    stride_key_batch, stride_key_head, stride_key_token,
+    stride_value_batch, stride_value_head, stride_value_token,
+    stride_grad_batch, stride_grad_head, stride_grad_token,
+    stride_logsumexp_batch, stride_logsumexp_head,
+    stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_key,
+    num_heads, num_tokens, num_columns, scale_log2, factor, residual,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    PHI: tl.constexpr, USE_MAP: tl.constexpr, USE_GRAD: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, MAP_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grid (query blocks, column blocks, B); ``contribution`` and ``out`` (B, n, c)."""
+    i_m, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_m, m_c = o_m < num_tokens, o_c < num_columns
+    p_contribution = contribution + i_b * num_tokens * num_columns
+    b_out = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for start in range(0, num_tokens, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < num_tokens
+        b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for head in range(num_heads):
+            i_h = tl.cast(head, tl.int64)
+            i_bh = i_b * num_heads + i_h
+            b_map = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            b_grad = b_map
+            if USE_MAP:
+                p_query = query + i_b * stride_query_batch + i_h * stride_query_head
+                p_key = key + i_b * stride_key_batch + i_h * stride_key_head
+                p_logsumexp = logsumexp + i_b * stride_logsumexp_batch + i_h * stride_logsumexp_head
+                b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+                b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+                b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+                b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
+                if MASK != "none":
+                    p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head
+                    b_scores += mask_tile(p_mask, stride_mask_query, stride_mask_key, o_m, o_n, m_m, m_n, MASK)
+                b_map = probabilities(b_scores, b_lse[:, None], MASK)
+            if USE_GRAD:
+                p_value = value + i_b * stride_value_batch + i_h * stride_value_head
+                p_grad_out = grad_out + i_b * stride_grad_batch + i_h * stride_grad_head
+                b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+                b_value = load_head(p_value, stride_value_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+                b_grad = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+            b_phi = weighed(b_map, b_grad, PHI)
+            if token_weights is not None:
+                b_phi *= tl.load(token_weights + i_bh * num_tokens + o_n, mask=m_n, other=0.0)[None, :]
+            if head_weights is not None:
+                b_phi *= tl.load(head_weights + i_bh)
+            b_update += b_phi
+        b_update = tl.where(m_n[None, :], b_update, 0.0)  # keys beyond the last token have some P, maybe an infinite one
+        p_tile = p_contribution + o_n.to(tl.int64)[:, None] * num_columns + o_c[None, :]
+        b_contribution = tl.load(p_tile, mask=m_n[:, None] & m_c[None, :], other=0.0)  # (BLOCK_N, BLOCK_C)
+        b_out += tl.dot(b_update, b_contribution, input_precision=MAP_PRECISION)
+    o_tile = o_m.to(tl.int64)[:, None] * num_columns + o_c[None, :]
+    m_tile = m_m[:, None] & m_c[None, :]
+    b_out = b_out * factor + residual * tl.load(p_contribution + o_tile, mask=m_tile, other=0.0)
+    if row_factors is not None:
+        b_out *= tl.load(row_factors + i_b * num_tokens + o_m, mask=m_m, other=0.0)[:, None]
+    tl.store(out + i_b * num_tokens * num_columns + o_tile, b_out, mask=m_tile)
+
+
+def launch_map(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    grad_out: Tensor | None,
+    logsumexp: Tensor,
+    contribution: Tensor,
+    head_weights: Tensor | None,
+    token_weights: Tensor | None,
+    row_factors: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    factor: float,
+    residual: float,
+    phi: str,
+) -> Tensor:
+    """See ``contribution_map``: float32."""
+    check_dtype(query)
+    batch, heads, num_tokens, head_dim = query.shape
+    if value is not None and value.shape[-1] != head_dim:
+        raise ValueError(f"backend 'triton' expects value width {head_dim} (that of query), received {value.shape[-1]}")
+    query, key, value, grad_out = map(with_unit_last_stride, (query, key, value, grad_out))
+    logsumexp = with_unit_last_stride(logsumexp.float())
+    weights = (None if tensor is None else tensor.float().contiguous() for tensor in (head_weights, token_weights, row_factors))
+    num_columns = contribution.shape[2]
+    block_d = padded_head_dim(head_dim)
+    config = tile_config("contribution_map", query, block_d, num_tokens)
+    block_c = min(LARGEST_COLUMN_BLOCK, max(SMALLEST_PRODUCT, triton.next_power_of_2(num_columns)))
+    out = torch.empty(batch, num_tokens, num_columns, dtype=torch.float32, device=query.device)
+    arguments = (
+        query, key, value, grad_out, logsumexp, mask_pointer(mask), contribution.float().contiguous(), *weights, out,
+        *strides(query, 3), *strides(key, 3), *strides(value, 3), *strides(grad_out, 3), *strides(logsumexp, 2),
+        *strides(mask, 4), heads, num_tokens, num_columns,
+        float(scale * LOG2_E), float(factor / heads if head_weights is None else factor), float(residual),
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_C": block_c,
+        "PHI": phi, "USE_MAP": phi in WITH_MAP, "USE_GRAD": value is not None, "MASK": mask_kind(mask),
+        "PRECISION": dot_precision(query.dtype), "MAP_PRECISION": float32_product_precision(query),
+    }  # fmt: skip
+    grid = (triton.cdiv(num_tokens, config.block_m), triton.cdiv(num_columns, block_c), batch)
+    launch(contribution_map_kernel, grid, arguments, constants, config)
+    return out

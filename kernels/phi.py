@@ -1,0 +1,27 @@
+"""The weighings φ(P, G) of the attention map by its gradient, in torch. P ≥ 0, so P·relu(G) = relu(P·G)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PHIS = ("p", "p_relu_g", "p_g", "relu_g", "abs_g")
+WITH_MAP = frozenset({"p", "p_relu_g", "p_g"})
+WITH_GRADIENT = frozenset({"p_relu_g", "p_g", "relu_g", "abs_g"})
+
+
+def expect_phi(phi: str) -> None:
+    """Refuse an unknown name."""
+    if phi not in PHIS:
+        raise ValueError(f"unknown phi {phi!r}: expected one of {', '.join(PHIS)}")
+
+
+def weighed(probabilities: Tensor | None, gradient: Tensor | None, phi: str) -> Tensor:
+    """φ(P, G) of a tile; may overwrite either."""
+    if phi == "p":
+        return probabilities
+    if phi == "p_g":
+        return probabilities.mul_(gradient)
+    if phi == "abs_g":
+        return gradient.abs_()
+    positive = gradient.relu_()
+    return positive if phi == "relu_g" else probabilities.mul_(positive)
