@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
@@ -68,12 +68,17 @@ def spread(samples: list[float]) -> dict[str, object]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
-    """Write a CSV with a header; replaces what was there."""
+    """Write measurements with a header; replaces what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return write_table_rows(path, [asdict(row) for row in rows])
+
+
+def write_table_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write a CSV with a header; replaces what was there."""
     with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
     return path
 
 

@@ -24,15 +24,14 @@ NUM_ROWS = 8  # several rows at once
 def record_shipped_launches(dtype: torch.dtype, head_dim: int) -> None:
     """Make every launch that explanations of a model with this element type and head width make; see ``recorded_launches``."""
     for num_tokens in LENGTHS:
-        inputs = _Inputs(dtype, head_dim, num_tokens)
-        inputs.rows_launches(num_tokens)
+        inputs = ShippedInputs(dtype, head_dim, num_tokens)
+        inputs.every_launch(num_tokens)
         inputs.rows_launches(1)  # the last block of a class-token model
-        inputs.map_launches()
-        inputs.backward_launches()
-        inputs.transformation_launches()
 
 
-class _Inputs:
+class ShippedInputs:
+    """Tensors without data of one layer's shapes, and the launches that explanations make with them."""
+
     def __init__(self, dtype: torch.dtype, head_dim: int, num_tokens: int) -> None:
         self.dtype, self.head_dim, self.num_tokens, self.width = dtype, head_dim, num_tokens, HEADS * head_dim
         packed = torch.empty(BATCH, num_tokens, 3, HEADS, head_dim, dtype=dtype, device="meta")
@@ -48,7 +47,15 @@ class _Inputs:
     def _floats(self, *shape: int) -> Tensor:
         return torch.empty(BATCH, *shape, dtype=torch.float32, device="meta")
 
+    def every_launch(self, m: int) -> None:
+        """All operations, ``m`` query rows where a row is propagated."""
+        self.rows_launches(m)
+        self.map_launches()
+        self.backward_launches()
+        self.transformation_launches()
+
     def rows_launches(self, m: int) -> None:
+        """One running row, several, and those by head."""
         query, grad_out, logsumexp = self.query[:, :, :m], self.grad_out[:, :, :m], self.logsumexp[:, :, :m]
         row, rows = self._floats(1, m), self._floats(NUM_ROWS, m)
         w, c = self.head_weights, self.token_weights
@@ -66,6 +73,7 @@ class _Inputs:
         launch_by_head(None, None, self.value, grad_out, None, row[:, 0], None, 1.0, "abs_g", False)  # head_norms
 
     def map_launches(self) -> None:
+        """The whole contribution map."""
         contribution, factors = self._floats(self.num_tokens, self.num_tokens), self._floats(self.num_tokens)
         for value, weights, token_weights, row_factors, phi in (
             (None, None, None, None, "p"),
@@ -80,6 +88,7 @@ class _Inputs:
             )  # fmt: skip
 
     def backward_launches(self) -> None:
+        """Gradients and row in one pass."""
         for phi, norms in (("p", False), ("p", True), ("p_relu_g", False)):
             launch_backward(
                 self.query, self.key, self.value, self.out, self.grad_out, self.logsumexp, self._floats(self.num_tokens), None,
@@ -87,6 +96,7 @@ class _Inputs:
             )  # fmt: skip
 
     def transformation_launches(self) -> None:
+        """Norm ratio × NECC of attention and MLP."""
         tokens = self._inputs(self.num_tokens, self.width)
         projection = self._inputs(self.num_tokens, HEADS, self.head_dim).transpose(1, 2)
         gram = torch.empty(HEADS, self.head_dim, self.head_dim, dtype=torch.float32, device="meta")

@@ -16,11 +16,12 @@ ACCELERATOR_TILE_ELEMENTS = 1 << 24
 MINIMUM_TILE_ROWS = 16
 
 
-def tile_shape(heads: int, num_queries: int, num_keys: int, device: torch.device) -> tuple[int, int]:
-    """How many heads and query rows one tile covers, for a bounded number of elements."""
+def tile_shape(heads: int, num_queries: int, num_keys: int, device: torch.device, whole_heads: bool = False) -> tuple[int, int]:
+    """How many heads and query rows one tile covers, for a bounded number of elements: many rows, or all heads of fewer."""
     elements = TILE_ELEMENTS if device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
-    row_step = min(num_queries, max(MINIMUM_TILE_ROWS, elements // num_keys))
-    head_step = min(heads, max(1, elements // (row_step * num_keys)))
+    least_heads = heads if whole_heads else 1
+    row_step = min(num_queries, max(MINIMUM_TILE_ROWS, elements // (num_keys * least_heads)))
+    head_step = min(heads, max(least_heads, elements // (row_step * num_keys)))
     return head_step, row_step
 
 
@@ -31,7 +32,7 @@ def product(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
 
 
 class AttentionTiles:
-    """Walks over tiles (heads × query rows × all keys) of P and G, in the accumulation type.
+    """Walks over tiles (heads × query rows × all keys) of P and G, in the accumulation type; on request of all heads at once.
 
     Yields (image, heads, query rows, P, G); P is None without ``query``, G without ``value``. Both live in buffers that the
     next tile overwrites, and may be written to.
@@ -46,7 +47,9 @@ class AttentionTiles:
         logsumexp: Tensor | None,
         mask: Tensor | None,
         scale: float,
+        whole_heads: bool = False,
     ) -> None:
+        self.whole_heads = whole_heads
         self.query, self.key, self.value, self.grad_out = query, key, value, grad_out
         self.logsumexp, self.mask, self.scale = logsumexp, mask, scale
         queries, keys = (query, key) if query is not None else (grad_out, value)
@@ -55,7 +58,7 @@ class AttentionTiles:
         self.dtype = accumulation_dtype(keys.dtype)
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, Tensor | None, Tensor | None]]:
-        head_step, row_step = tile_shape(self.heads, self.num_queries, self.num_keys, self.device)
+        head_step, row_step = tile_shape(self.heads, self.num_queries, self.num_keys, self.device, self.whole_heads)
         size = head_step * row_step * self.num_keys
         scores_buffer, grads_buffer = (
             torch.empty(size if needed is not None else 0, dtype=self.dtype, device=self.device)

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vitexplain
 from vitexplain import ExplanationError, InputError, UnknownNameError, UnsupportedModelError
 from vitexplain.methods import GMAR, TokenTM
+from vitexplain.targets import resolve_target
 
-from .conftest import build_model, images_for, relative_error
+from .conftest import MODEL_SHAPES, build_model, images_for, relative_error
 
 METHODS = [info.name for info in vitexplain.methods()]
 
@@ -312,3 +313,38 @@ assert "triton" not in sys.modules
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "torch.Size([1, 4, 4])" in finished.stdout
+
+
+class _NoLookOnTheHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: reading a value, and making a tensor of the host's values."""
+
+    REFUSED = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal", "aten::lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in self.REFUSED, f"{func.name()} looks at a value on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", ["class_token_n17", "mean_pooling", "attention_pooling"])
+@pytest.mark.parametrize("rows", [None, "all"])
+def test_nothing_is_looked_at_on_the_host_while_a_graph_is_captured(monkeypatch, shape: str, rows: str | None) -> None:
+    """Stands in for a capture, which needs a GPU: tests/kernels/test_gpu.py has the real one."""
+    model = build_model(**MODEL_SHAPES[shape])
+    images = images_for(model, 2)
+    methods = [info.name for info in vitexplain.methods() if info.all_rows or rows is None]
+    explainer = vitexplain.Explainer(model, methods, rows=rows)
+    target = torch.tensor([1, 2])
+    expected = explainer.attribute(images, target)
+    for module in ("explainer", "targets"):
+        monkeypatch.setattr(f"vitexplain.{module}.capturing", lambda _device: True)
+    with _NoLookOnTheHost():
+        captured = explainer.attribute(images, target)
+    for name in methods:
+        assert torch.equal(captured[name].maps, expected[name].maps)
+
+
+def test_a_target_on_the_host_is_refused_while_a_graph_is_captured(monkeypatch) -> None:
+    monkeypatch.setattr("vitexplain.targets.capturing", lambda _device: True)
+    logits = torch.empty(2, 7, device="meta")
+    with pytest.raises(InputError, match="expected None or a tensor on meta while a CUDA graph is captured, received cpu"):
+        resolve_target([1, 2], logits)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .capture import capturing
 from .errors import InputError, UnsupportedModelError
 from .explanation import Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
@@ -79,6 +80,8 @@ class Explainer:
             target: class to explain: None for the predicted one, an int, a list or tensor (B,), or (B, K) for several
                 classes an image, which share the forward.
 
+        A whole call can be captured in a CUDA graph, after one that was not; nothing is then checked that needs a look at values.
+
         Returns:
             One ``Explanation``, or a dict by method name where several methods were asked for.
 
@@ -107,7 +110,7 @@ class Explainer:
         if images.dtype != parameter.dtype and not (autocast and images.is_floating_point()):
             raise InputError(f"images: expected dtype {parameter.dtype} (the model's), received {images.dtype}")
         self.anatomy.check_image_size(*images.shape[1:])
-        if not torch.isfinite(images).all():
+        if not capturing(images.device) and not torch.isfinite(images).all():
             raise InputError("images: expected finite values, received NaN or infinity")
         if self.backend != "dense":
             try:
@@ -121,7 +124,7 @@ class Explainer:
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        if not torch.isfinite(logits).all():
+        if not capturing(logits.device) and not torch.isfinite(logits).all():
             raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {logits.dtype})")
         return logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -326,5 +327,11 @@ def start_rows(tap: Tap, num_tokens: int, batch: int, dtype: torch.dtype, device
         weights = tap.pooling_attention.to(dtype)
         weights = torch.nn.functional.pad(weights, (anatomy.pooled_prefix, 0))
         return weights.unsqueeze(1), num_tokens
-    weights = torch.tensor(anatomy.pooling_weights(num_tokens), dtype=dtype, device=device)
+    weights = _on_device(tuple(anatomy.pooling_weights(num_tokens)), dtype, device)
     return weights.expand(batch, 1, -1), anatomy.num_read_tokens or num_tokens
+
+
+@lru_cache(maxsize=32)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied from the host once: a copy would stop the device, and cannot be captured in a CUDA graph."""
+    return torch.tensor(values, dtype=dtype, device=device)

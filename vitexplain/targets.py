@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import capturing
 from .errors import InputError
 
 _FORMS = "None, an int, a list or integer tensor (B,), or (B, K) for several classes an image"
@@ -28,6 +29,12 @@ def resolve_target(target: Any, logits: Tensor) -> Tensor:
         values = values.expand(batch)
     if values.dim() > 2 or values.shape[0] != batch or values.numel() == 0:
         raise InputError(f"target: expected {_FORMS}, with B={batch}; received shape {tuple(values.shape)}")
+    if capturing(logits.device):
+        if values.device != logits.device:
+            raise InputError(
+                f"target: expected None or a tensor on {logits.device} while a CUDA graph is captured, received {values.device}"
+            )
+        return values.to(torch.int64)
     wrong = values[(values < 0) | (values >= num_classes)]
     if wrong.numel():
         raise InputError(f"target: expected classes 0 to {num_classes - 1}, received {int(wrong[0])}")

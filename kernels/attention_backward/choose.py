@@ -80,10 +80,15 @@ def one_pass_is_faster(query: Tensor, num_tokens: int) -> bool:
     return choice == ONE_PASS
 
 
+def padded(head_dim: int) -> int:
+    """Head width rounded up to a power of two, at least 16, as kernels take it."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 @cache
 def _decided(architecture: str, dtype: str, head_dim: int, num_tokens: int) -> str:
-    padded = str(max(16, 1 << (head_dim - 1).bit_length()))
-    known = [row for row in read_decisions() if (row.architecture, row.dtype, row.head_dim) == (architecture, dtype, padded)]
+    wanted = (architecture, dtype, str(padded(head_dim)))
+    known = [row for row in read_decisions() if (row.architecture, row.dtype, row.head_dim) == wanted]
     if not known:
         return TWO_PASSES
     return min(known, key=lambda row: abs(math.log(int(row.tokens) / num_tokens))).faster

@@ -25,7 +25,7 @@ def contribution_map_tiles(
     phi: str,
 ) -> Tensor:
     """See ``contribution_map``: (B, n, c) to (B, n, c)."""
-    tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale)
+    tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale, whole_heads=True)  # averaged before the product
     contribution = contribution.to(tiles.dtype)
     weights = factor * tiles.weights(head_weights, token_weights)
     out = residual * contribution

@@ -25,7 +25,7 @@ def row_propagation_tiles(
     phi: str,
 ) -> Tensor:
     """See ``row_propagation``. Reads (B, H, ·, dh) inputs, returns (B, K, n)."""
-    tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale)
+    tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale, whole_heads=rows.shape[1] > 1)
     rows = rows.to(tiles.dtype)
     weights = factor * tiles.weights(head_weights, token_weights)
     out = torch.zeros(tiles.batch, rows.shape[1], tiles.num_keys, dtype=tiles.dtype, device=rows.device)

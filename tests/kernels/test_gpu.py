@@ -6,39 +6,187 @@ import pytest
 import torch
 
 import vitexplain
-from vitexplain.kernels import attention_token_transformation, head_norms, row_propagation, token_transformation
+from vitexplain.kernels import (
+    PHIS,
+    attention_backward,
+    attention_token_transformation,
+    contribution_map,
+    head_norms,
+    row_propagation,
+    row_propagation_by_head,
+    token_transformation,
+)
+from vitexplain.kernels.attention_backward.choose import forced
 from vitexplain.testing import DenseReference
 
-from ..conftest import MODEL_SHAPES, build_model, images_for, rms_error
+from ..conftest import MODEL_SHAPES, build_model, images_for, relative_error, rms_error
 from .reference import (
+    MASKS,
+    AttentionInputs,
     assert_within_error_budget,
     attention_inputs,
+    dense_backward,
     dense_head_norms,
+    dense_maps,
     dense_row_propagation,
     dense_token_transformation,
+    dense_update,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LENGTHS = [1, 16, 17, 197, 198, 257, 577, 1025, 1370]
+HEAD_DIMS = [32, 48, 64, 80, 128]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.mark.parametrize("phi", ["p", "p_relu_g"])
+def _row(inputs: AttentionInputs, phi: str, weighted: bool = True, **options: object) -> torch.Tensor:
+    return row_propagation(*inputs.layer, inputs.rows, backend="triton", **inputs.keywords(phi, weighted), **options)
+
+
+def _backward(inputs: AttentionInputs, phi: str) -> tuple[torch.Tensor, ...]:
+    return attention_backward(
+        inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, inputs.rows[:, 0],
+        phi=phi, scale=inputs.scale, mask=inputs.mask, norms=True, backend="triton",
+    )  # fmt: skip
+
+
+def _map(inputs: AttentionInputs, phi: str) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, n, _ = inputs.query.shape
+    contribution = torch.rand(batch, n, n, generator=torch.Generator("cuda").manual_seed(n), device="cuda")
+    return contribution, contribution_map(*inputs.layer, contribution, backend="triton", **inputs.keywords(phi, True))
+
+
+def _check_row(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> None:
+    actual = _row(inputs, phi)
+    assert torch.equal(actual, _row(inputs, phi)), "not deterministic"
+    exact, plain = (dense_row_propagation(inputs, phi, True, kind) for kind in (torch.float64, dtype))
+    assert_within_error_budget(actual, exact, plain, dtype)
+
+
+def _check_by_head(inputs: AttentionInputs, phi: str, dtype: torch.dtype, moved: torch.Tensor, norms: torch.Tensor) -> None:
+    rows = inputs.rows[:, 0]
+    maps = (dense_maps(inputs, phi, kind) for kind in (torch.float64, dtype))
+    exact, plain = (torch.einsum("bi,bhij->bhj", rows.to(kind.dtype), kind) for kind in maps)
+    assert_within_error_budget(moved, exact, plain, dtype)
+    exact, plain = (dense_head_norms(inputs.value, inputs.grad_out, "l1", kind) for kind in (torch.float64, dtype))
+    assert_within_error_budget(norms, exact, plain, dtype)
+
+
+def _check_backward(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> None:
+    results = _backward(inputs, phi)
+    assert all(torch.equal(*pair) for pair in zip(results, _backward(inputs, phi), strict=True)), "not deterministic"
+    *gradients, moved, norms = results
+    expected = dense_backward(inputs, torch.float64)
+    largest = max(float(exact.abs().max()) for exact in expected)
+    for actual, exact, plain in zip(gradients, expected, dense_backward(inputs, dtype), strict=True):
+        assert_within_error_budget(actual, exact, plain, dtype, largest)
+    _check_by_head(inputs, phi, dtype, moved, norms)
+
+
+def _check_map(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> None:
+    contribution, actual = _map(inputs, phi)
+    assert torch.equal(actual, _map(inputs, phi)[1]), "not deterministic"
+    updates = (dense_update(inputs, phi, True, kind) for kind in (torch.float64, dtype))
+    exact, plain = (contribution.to(update.dtype) + update @ contribution.to(update.dtype) for update in updates)
+    assert_within_error_budget(actual, exact, plain, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("n", LENGTHS)
-def test_row_propagation_is_within_the_error_budget_and_repeats(n: int, head_dim: int, dtype: torch.dtype, phi: str) -> None:
-    for num_rows in (1, 3):
-        inputs = attention_inputs(n, head_dim, dtype, num_rows=num_rows, device="cuda")
-        keywords = inputs.keywords(phi, weighted=True)
-        first, second = (
-            row_propagation(inputs.query, inputs.key, inputs.logsumexp, inputs.rows, backend="triton", **keywords)
-            for _ in range(2)
-        )
-        assert torch.equal(first, second)
-        exact = dense_row_propagation(inputs, phi, True, torch.float64)
-        assert_within_error_budget(first, exact, dense_row_propagation(inputs, phi, True, dtype), dtype)
+def test_every_attention_shaped_operation_is_within_the_error_budget(n: int, head_dim: int, dtype: torch.dtype) -> None:
+    for phi in ("p", "p_relu_g"):
+        for num_rows in (1, 3):
+            _check_row(attention_inputs(n, head_dim, dtype, num_rows=num_rows, device="cuda"), phi, dtype)
+        if n > 1:
+            _check_row(attention_inputs(n, head_dim, dtype, num_queries=1, device="cuda"), phi, dtype)
+    inputs = attention_inputs(n, head_dim, dtype, device="cuda")
+    moved, norms = row_propagation_by_head(
+        *inputs.layer, inputs.rows[:, 0], scale=inputs.scale, value=inputs.value, grad_out=inputs.grad_out, norms=True
+    )
+    _check_by_head(inputs, "p", dtype, moved, norms)
+    _check_backward(inputs, "p_relu_g", dtype)
+    _check_map(inputs, "p_relu_g", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("phi", PHIS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_weighing_and_mask(mask: str, phi: str, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(198, 64, dtype, mask=mask, device="cuda")
+    _check_row(inputs, phi, dtype)
+    _check_row(attention_inputs(198, 64, dtype, mask=mask, num_rows=3, device="cuda"), phi, dtype)
+    _check_backward(inputs, phi, dtype)
+    _check_map(inputs, phi, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [16, 72, 88, 96, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unusual_head_widths(head_dim: int, dtype: torch.dtype) -> None:
+    inputs = attention_inputs(197, head_dim, dtype, device="cuda")
+    _check_row(inputs, "p_relu_g", dtype)
+    _check_backward(inputs, "p_relu_g", dtype)
+    _check_map(inputs, "p_relu_g", dtype)
+
+
+def test_tf32_follows_the_switch_of_torch() -> None:
+    inputs = attention_inputs(577, 64, torch.float32, device="cuda")
+    exact = dense_row_propagation(inputs, "p_relu_g", True, torch.float64)
+    was = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        plain = dense_row_propagation(inputs, "p_relu_g", True, torch.float32)
+        tf32 = _row(inputs, "p_relu_g")
+        assert_within_error_budget(tf32, exact, plain, torch.float32)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = was
+    full = _row(inputs, "p_relu_g")
+    assert relative_error(full, exact) < min(1e-5, relative_error(tf32, exact))
+
+
+def test_more_than_two_to_the_31_elements_of_index_space() -> None:
+    """Heads a billion elements apart: an offset of 32 bits would wrap."""
+    small = attention_inputs(33, 64, torch.bfloat16, batch=1, device="cuda")
+    stride = 1_200_000_000
+    storage = torch.empty(2 * stride + 33 * 64, dtype=torch.bfloat16, device="cuda")
+
+    def far(tensor: torch.Tensor) -> torch.Tensor:
+        view = storage.as_strided(tensor.shape, (3 * stride, stride, 64, 1))
+        return view.copy_(tensor)
+
+    for name in ("query", "key", "value", "grad_out"):
+        apart = AttentionInputs(**{**vars(small), name: far(getattr(small, name))})
+        assert torch.equal(_row(apart, "p_relu_g"), _row(small, "p_relu_g")), name
+        assert all(torch.equal(*pair) for pair in zip(_backward(apart, "p"), _backward(small, "p"), strict=True)), name
+        assert torch.equal(_map(apart, "p_relu_g")[1], _map(small, "p_relu_g")[1]), name
+
+
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+@pytest.mark.parametrize("shape", ["class_token_n17", "mean_pooling", "attention_pooling", "n197"])
+def test_a_whole_explanation_can_be_captured_in_a_graph(shape: str, passes: str) -> None:
+    model = build_model(**MODEL_SHAPES[shape]).to("cuda", torch.bfloat16)
+    images, others = (images_for(model, 3, seed).to("cuda", torch.bfloat16) for seed in (1, 2))
+    methods = [info.name for info in vitexplain.methods()]
+    explainer = vitexplain.Explainer(model, methods)
+    target = torch.tensor([1, 2, 3], device="cuda")
+    held = images.clone()
+    with forced(passes):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                explainer.attribute(held, target)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = explainer.attribute(held, target)
+        for batch in (images, others):
+            expected = explainer.attribute(batch, target)
+            held.copy_(batch)
+            graph.replay()
+            for name in methods:
+                assert relative_error(captured[name].maps, expected[name].maps) < 1e-3, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,15 +211,17 @@ def test_head_norms_and_token_transformations(n: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
 @pytest.mark.parametrize("shape", MODEL_SHAPES)
-def test_explanations_on_the_gpu_are_within_the_error_budget(shape: str, dtype: torch.dtype) -> None:
+def test_explanations_on_the_gpu_are_within_the_error_budget(shape: str, passes: str, dtype: torch.dtype) -> None:
     model = build_model(**MODEL_SHAPES[shape]).to("cuda", dtype)
     images = images_for(model, 4).to("cuda", dtype)
     methods = [info.name for info in vitexplain.methods()]
     reference = DenseReference(model, images)
     plain = DenseReference(model, images, dtype=dtype)
     target = reference.logits.argmax(-1)
-    ours = vitexplain.explain(model, images, target=target, method=methods)
+    with forced(passes):
+        ours = vitexplain.explain(model, images, target=target, method=methods)
     prefix = model.num_prefix_tokens
     for name in methods:
         exact = reference.explain(name, target)

@@ -6,65 +6,119 @@ import pytest
 import torch
 
 from vitexplain.kernels import (
+    add_token_transformation,
+    attention_backward,
     attention_token_transformation,
     choose_backend,
+    contribution_map,
     head_norms,
     row_propagation,
+    row_propagation_by_head,
     token_transformation,
 )
 
-from .reference import attention_inputs, dense_head_norms, dense_row_propagation, dense_token_transformation
+from .reference import (
+    attention_inputs,
+    dense_backward,
+    dense_head_norms,
+    dense_maps,
+    dense_row_propagation,
+    dense_token_transformation,
+    dense_update,
+)
 
 
 def _operator_arguments() -> dict[str, tuple[object, ...]]:
-    one, many = attention_inputs(17, 16, torch.float32), attention_inputs(9, 16, torch.float32, num_rows=3)
-    tokens = torch.randn(2, 17, 24)
+    one, many = attention_inputs(17, 16, torch.float32), attention_inputs(9, 16, torch.float32, num_rows=3, mask="additive")
+    tokens, branch, moved = torch.randn(3, 2, 17, 24).unbind(0)
+    gradient = (many.value, many.grad_out)
+    weights = (many.head_weights, many.token_weights)
+    first, mask = many.rows[:, 0], many.mask.expand(2, -1, -1, -1)
     return {
-        "row_propagation": (one.query, one.key, None, None, one.logsumexp, one.rows, None, None, one.scale, "p", "auto"),
-        "row_propagation_weighted": (
-            many.query, many.key, many.value, many.grad_out, many.logsumexp, many.rows, many.head_weights, many.token_weights,
-            many.scale, "p_relu_g", "torch",
+        "row_propagation": (one.query, one.key, None, None, one.logsumexp, one.rows, None, None, None, one.scale, 1.0, 0.0, "p", "auto"),
+        "row_propagation.weighted": (
+            many.query, many.key, *gradient, many.logsumexp, many.rows, *weights, mask, many.scale, 0.5, 0.5, "p_relu_g", "torch",
         ),
-        "l1_head_norms": (one.value, one.grad_out, "auto"),
-        "token_transformation": (tokens, torch.randn(2, 17, 24), True, True, 1.0, "auto"),
+        "row_propagation.gradient_alone": (None, None, *gradient, None, many.rows, *weights, None, 1.0, 1.0, 0.0, "abs_g", "torch"),
+        "row_propagation_by_head": (one.query, one.key, None, None, one.logsumexp, one.rows[:, 0], None, one.scale, "p", False, "auto"),
+        "row_propagation_by_head.norms": (
+            many.query, many.key, *gradient, many.logsumexp, first, mask, many.scale, "p", True, "torch",
+        ),
+        "attention_backward": (
+            many.query, many.key, many.value, many.out, many.grad_out, many.logsumexp, first, mask, many.scale, "p_g", True, "auto",
+        ),
+        "attention_backward.no_norms": (
+            one.query, one.key, one.value, one.out, one.grad_out, one.logsumexp, one.rows[:, 0], None, one.scale, "p", False, "torch",
+        ),
+        "contribution_map": (
+            many.query, many.key, *gradient, many.logsumexp, torch.rand(2, 9, 4), *weights, many.row_factors, mask, many.scale,
+            1.0, 1.0, "p_relu_g", "auto",
+        ),
+        "token_transformation": (tokens, None, moved, True, True, 1.0, "auto"),
+        "token_transformation.add": (tokens, branch, moved, True, True, 1.0, "torch"),
         "attention_token_transformation": (tokens, one.value, one.query, torch.randn(3, 16, 16), True, False, 2.0, "auto"),
     }  # fmt: skip
 
 
+def _operator(name: str):
+    return getattr(torch.ops.vitexplain, name.partition(".")[0])
+
+
+def test_every_operator_is_listed_here() -> None:
+    registered = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vitexplain::")
+    }
+    assert registered == {name.partition(".")[0] for name in _operator_arguments()}
+
+
 @pytest.mark.parametrize("name", _operator_arguments())
 def test_operators_pass_opcheck(name: str) -> None:
-    operator = getattr(torch.ops.vitexplain, name.removesuffix("_weighted"))
-    torch.library.opcheck(operator.default, _operator_arguments()[name])
+    torch.library.opcheck(_operator(name).default, _operator_arguments()[name])
 
 
 @pytest.mark.parametrize("name", _operator_arguments())
 def test_operators_compile_without_a_graph_break(name: str) -> None:
-    operator = getattr(torch.ops.vitexplain, name.removesuffix("_weighted"))
-    arguments = _operator_arguments()[name]
-    compiled = torch.compile(lambda *values: operator(*values) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), operator(*arguments) + 1)
+    operator, arguments = _operator(name), _operator_arguments()[name]
+
+    def called(*values: object) -> list[torch.Tensor]:
+        result = operator(*values)
+        return [2 * tensor for tensor in (result if isinstance(result, tuple) else (result,))]
+
+    compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*arguments), called(*arguments), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_float64_inputs_are_computed_in_float64() -> None:
     inputs = attention_inputs(65, 48, torch.float64, num_rows=2)
+    rows, contribution = inputs.rows[:, 0], torch.rand(2, 65, 65, dtype=torch.float64)
+    exactly = {"rtol": 1e-11, "atol": 1e-11}
     for phi in ("p", "p_relu_g"):
-        actual = row_propagation(inputs.query, inputs.key, inputs.logsumexp.double(), inputs.rows, **inputs.keywords(phi, True))
+        keywords = inputs.keywords(phi, True)
         exact = dense_row_propagation(inputs, phi, True, torch.float64)
-        assert actual.dtype == torch.float64
-        # the reference makes its own logsumexp; ours is given, rounded to float32 by the factory where it says so
-        assert float((actual - exact).abs().max() / exact.abs().max()) < 1e-6
+        torch.testing.assert_close(row_propagation(*inputs.layer, inputs.rows, **keywords), exact, **exactly)
+        exact = contribution + dense_update(inputs, phi, True, torch.float64) @ contribution
+        torch.testing.assert_close(contribution_map(*inputs.layer, contribution, **keywords), exact, **exactly)
     for norm in ("l1", "l2"):
         exact = dense_head_norms(inputs.value, inputs.grad_out, norm, torch.float64)
         torch.testing.assert_close(head_norms(inputs.value, inputs.grad_out, norm=norm), exact, rtol=1e-12, atol=0)
-    tokens, moved = torch.randn(2, 2, 65, 40, dtype=torch.float64).unbind(0)
-    exact = dense_token_transformation(tokens, moved, True, True, 1.0, torch.float64)
-    torch.testing.assert_close(token_transformation(tokens, moved), exact, rtol=1e-12, atol=0)
+    *gradients, moved, _ = attention_backward(
+        inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, rows, phi="p_g", scale=inputs.scale
+    )
+    torch.testing.assert_close(tuple(gradients), dense_backward(inputs, torch.float64), **exactly)
+    exact = torch.einsum("bi,bhij->bhj", rows, dense_maps(inputs, "p_g", torch.float64))
+    torch.testing.assert_close(moved, exact, **exactly)
+    tokens, branch, moved = torch.randn(3, 2, 65, 40, dtype=torch.float64).unbind(0)
+    exact = dense_token_transformation(tokens + branch, moved, True, True, 1.0, torch.float64)
+    torch.testing.assert_close(add_token_transformation(tokens, branch, moved)[1], exact, rtol=1e-12, atol=0)
 
 
 def test_rows_of_the_attention_map_sum_to_one() -> None:
     inputs = attention_inputs(197, 64, torch.float32, num_rows=197)
     rows = torch.eye(197).expand(2, -1, -1)
-    actual = row_propagation(inputs.query, inputs.key, inputs.logsumexp, rows, scale=inputs.scale)
+    actual = row_propagation(*inputs.layer, rows, scale=inputs.scale)
     torch.testing.assert_close(actual.sum(-1), torch.ones(2, 197), rtol=0, atol=1e-5)
 
 
@@ -86,17 +140,29 @@ def test_results_repeat_to_the_bit() -> None:
 
 
 BAD_CALLS = {
-    "unknown phi": (lambda i: _propagate(i, phi="g"), "unknown phi 'g': expected one of p, p_relu_g"),
+    "unknown phi": (lambda i: _propagate(i, phi="g"), "unknown phi 'g': expected one of p, p_relu_g, p_g, relu_g, abs_g"),
     "key of another width": (lambda i: _propagate(i, key=i.key[..., :8]), r"key: expected shape \(B=2, H=3, n=17, dh=16\), received"),
     "logsumexp of another length": (lambda i: _propagate(i, logsumexp=i.logsumexp[..., :4]), r"logsumexp: expected shape \(B=2, H=3, m=17\)"),
     "rows without a batch": (lambda i: _propagate(i, rows=i.rows[0]), r"rows: expected shape \(B=2, K, m=17\), received \(1, 17\)"),
     "key of another dtype": (lambda i: _propagate(i, key=i.key.double()), "key: expected dtype torch.float32"),
     "key on another device": (lambda i: _propagate(i, key=i.key.to("meta")), "key: expected device cpu"),
+    "no query": (lambda i: _propagate(i, query=None), "query: expected a tensor, received None"),
     "no gradient": (lambda i: _propagate(i, phi="p_relu_g"), "expected value and grad_out, received None"),
+    "no gradient for norms": (lambda i: row_propagation_by_head(*i.layer, i.rows[:, 0], scale=1.0, norms=True), "expected value and grad_out"),
+    "several rows by head": (lambda i: row_propagation_by_head(*i.layer, i.rows, scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
     "head weights of another shape": (lambda i: _propagate(i, head_weights=torch.ones(2, 4)), r"head_weights: expected shape \(B=2, H=3\)"),
+    "mask of another shape": (lambda i: _propagate(i, mask=torch.ones(5, 17, dtype=torch.bool)), r"mask: expected a shape that broadcasts to \(B=2, H=3, m=17, n=17\), received \(5, 17\)"),
+    "mask of integers": (lambda i: _propagate(i, mask=torch.ones(17, 17, dtype=torch.int64)), "mask: expected a boolean or floating-point dtype, received torch.int64"),
+    "residual of queries without keys": (lambda i: _propagate(i, key=i.key[:, :, :5], residual=1.0), "residual: expected at most n=5 query rows, received 17"),
     "unknown backend": (lambda i: _propagate(i, backend="cuda"), "unknown backend 'cuda': expected one of auto, triton, torch"),
     "unknown norm": (lambda i: head_norms(i.value, i.grad_out, norm="l0"), "unknown norm 'l0'"),
+    "contribution of another length": (lambda i: contribution_map(*i.layer, torch.eye(9).expand(2, 9, 9), scale=1.0), r"contribution: expected shape \(B=2, n=17, c=9\), received \(2, 9, 9\)"),
+    "map without a gradient": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, phi="p_g"), "expected value and grad_out"),
+    "factors of another shape": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, row_factors=torch.ones(2, 3)), "row_factors: expected shape"),
+    "out of another shape": (lambda i: attention_backward(i.query, i.key, i.value, i.out[:, :1], i.grad_out, i.logsumexp, i.rows[:, 0], scale=1.0), "out: expected shape"),
+    "rows of a backward": (lambda i: attention_backward(i.query, i.key, i.value, i.out, i.grad_out, i.logsumexp, i.rows, scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
     "transformed of another width": (lambda i: token_transformation(i.key[0], i.key[0, :, :, :4]), "transformed: expected shape"),
+    "branch of another dtype": (lambda i: add_token_transformation(i.key[0], i.key[0].half(), i.key[0]), "branch: expected dtype torch.float32"),
     "output weight of another width": (lambda i: attention_token_transformation(torch.ones(2, 17, 9), i.value, torch.ones(9, 40)), r"output_weight: expected shape \(d=9, 48\), received \(9, 40\)"),
 }  # fmt: skip
 

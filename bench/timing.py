@@ -1,0 +1,46 @@
+"""Timing of one call: on a GPU by events, with a cold second-level cache; on a CPU by the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+COLD_CACHE_BYTES = 256 << 20  # more than any second-level cache: written before each sample
+WARM_UP = 3
+
+
+@cache
+def _cache_filler(device: torch.device) -> torch.Tensor:
+    return torch.empty(COLD_CACHE_BYTES, dtype=torch.int8, device=device)
+
+
+def samples_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.25, least: int = 5) -> list[float]:
+    """Milliseconds of single calls, after a warm-up, for about ``seconds`` and at least ``least`` of them."""
+    for _ in range(WARM_UP if device.type == "cuda" else 1):
+        call()
+    one = cuda_sample if device.type == "cuda" else cpu_sample
+    samples = [one(call, device)]
+    wanted = max(least, min(200, int(1e3 * seconds / max(samples[0], 1e-3))))
+    samples += [one(call, device) for _ in range(wanted - 1)]
+    return samples
+
+
+def cuda_sample(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds between two events around the call."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _cache_filler(device).zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def cpu_sample(call: Callable[[], object], device: torch.device) -> float:  # noqa: ARG001
+    """Milliseconds by the clock."""
+    started = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - started)

@@ -1,0 +1,257 @@
+"""Make the launch table, and the decision between one backward pass and two.
+
+    python -m bench.tune --compile-only      # anywhere: per architecture, the first candidate that compiles without spills
+    python -m bench.tune                     # on a GPU: the fastest candidate for this architecture, measured
+    python -m bench.tune --decisions         # on a GPU or CPU: one pass (attention_backward) or the library's backward and a row
+
+Candidates stand in order of preference. Measured rows replace those of the same architecture; rows of other architectures stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+
+import torch
+
+from vitexplain import kernels
+from vitexplain.fused_attention import attention_backward as library_backward
+from vitexplain.kernels import shipped_variants
+from vitexplain.kernels.ahead_of_time.build import compile_variant
+from vitexplain.kernels.ahead_of_time.resources import Resources, resources_of
+from vitexplain.kernels.attention_backward import choose
+from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_config, recorded_launches
+from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, read_table, write_table
+
+from .operations import CPU_SIZES, GPU_SIZES, Layer, Size
+from .record import environment, write_table_rows
+from .timing import samples_ms
+
+KERNELS = ("single_row", "many_rows", "attention_backward", "contribution_map")
+ARCHITECTURES = ("80", "89", "90", "100")
+HEAD_DIMS = (16, 32, 64, 128, 256)
+PRECISIONS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+
+# queries, keys, warps, stages; the first that compiles without spills is the default where nothing was measured
+CANDIDATES: dict[str, tuple[TileConfig, ...]] = {
+    "half": tuple(
+        TileConfig(*shape)
+        for shape in (
+            (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 1), (32, 64, 4, 2), (32, 64, 8, 1),
+            (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1),
+        )
+    ),
+    "tf32": tuple(
+        TileConfig(*shape)
+        for shape in (
+            (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1),
+            (16, 32, 8, 1), (16, 16, 4, 1),
+        )
+    ),
+    "ieee": tuple(
+        TileConfig(*shape)
+        for shape in ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1))
+    ),
+}  # fmt: skip
+MEASURED_TOKENS = (197, 577, 1025, 4097)
+MEASURED_HEAD_DIMS = (32, 64, 128)
+
+
+# -- by compiling ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell of the table to fill by compiling."""
+
+    kernel: str
+    architecture: str
+    precision: str
+    head_dim: int
+
+
+def heaviest_variant(task: Task, config: TileConfig) -> KernelVariant:
+    """The shipped variant of a kernel that keeps most in registers: gradient-weighed, with every weight and norm it can have."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if task.precision == "tf32" else "ieee"
+    inputs = shipped_variants.ShippedInputs(PRECISIONS[task.precision], task.head_dim, num_tokens=197)
+    with recorded_launches(task.architecture) as variants, forced_config(config):
+        inputs.every_launch(197)
+    mine = [variant for variant in variants if variant.kernel == f"{task.kernel}_kernel"]
+
+    def weight(variant: KernelVariant) -> tuple[bool, int]:
+        constants = dict(variant.constants)
+        return constants["PHI"] == "p_relu_g", len(variant.types)
+
+    return max(mine, key=weight)
+
+
+def compiled_row(task: Task) -> TableRow:
+    """The first candidate without spills within the architecture's shared memory; failing that, the one that spills least."""
+    best: tuple[int, TileConfig] | None = None
+    for config in CANDIDATES[task.precision]:
+        found = _compiled(task, config)
+        if found is None:
+            continue
+        if found.spilled_bytes == 0:
+            return table_row(task, ANY, config, "compiles without spills")
+        if best is None or found.spilled_bytes < best[0]:
+            best = found.spilled_bytes, config
+    if best is None:
+        raise SystemExit(f"{task}: no candidate compiles within the shared memory")
+    return table_row(task, ANY, best[1], f"spills {best[0]} bytes, the least of the candidates")
+
+
+def _compiled(task: Task, config: TileConfig) -> Resources | None:
+    """What a candidate needs; None where it does not fit the architecture at all."""
+    image = compile_variant(heaviest_variant(task, config), task.architecture)
+    found = resources_of(image)
+    return found if found.fits else None
+
+
+def table_row(task: Task, tokens: str, config: TileConfig, basis: str) -> TableRow:
+    """A row of the launch table."""
+    shape = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+    return TableRow(task.kernel, task.architecture, task.precision, str(task.head_dim), tokens, *map(str, shape), basis)
+
+
+def compile_table(architectures: list[str], jobs: int) -> list[TableRow]:
+    """Rows for every architecture, and for ``any`` the smallest tile among them."""
+    tasks = [
+        Task(kernel, architecture, precision, head_dim)
+        for precision in PRECISIONS for head_dim in HEAD_DIMS for kernel in KERNELS for architecture in architectures
+    ]  # fmt: skip
+    rows = []
+    with get_context("spawn").Pool(jobs) as pool:
+        for row in pool.imap_unordered(compiled_row, tasks):
+            print(row, flush=True)
+            rows.append(row)
+    return rows + [_for_any(rows, task) for task in tasks if task.architecture == architectures[0]]
+
+
+def _for_any(rows: list[TableRow], task: Task) -> TableRow:
+    same = [row for row in rows if (row.kernel, row.precision, row.head_dim) == (task.kernel, task.precision, str(task.head_dim))]
+    smallest = min(same, key=lambda row: (row.config.block_m * row.config.block_n, -row.config.num_warps))
+    basis = "the smallest tile among the architectures"
+    return table_row(Task(task.kernel, ANY, task.precision, task.head_dim), ANY, smallest.config, basis)
+
+
+# -- by measuring ---------------------------------------------------------------------------------------------------------
+
+
+def calls(layer: Layer) -> dict[str, Callable[[], object]]:
+    """A call of each kernel in the form that costs most."""
+    inputs = layer.query, layer.key, layer.logsumexp
+    weighed = {"phi": "p_relu_g", "scale": layer.scale, "value": layer.value, "grad_out": layer.grad_out}
+    weighed["token_weights"] = layer.token_weights
+    contribution = torch.rand(layer.size.batch, layer.size.tokens, layer.size.tokens, device=layer.device)
+    return {
+        "single_row": lambda: kernels.row_propagation(*inputs, layer.row, **weighed),
+        "many_rows": lambda: kernels.row_propagation(*inputs, layer.rows, **weighed),
+        "attention_backward": lambda: one_pass(layer),
+        "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, **weighed),
+    }
+
+
+def one_pass(layer: Layer) -> object:
+    """Gradients and row at once."""
+    return kernels.attention_backward(
+        layer.query, layer.key, layer.value, layer.out, layer.grad_out, layer.logsumexp, layer.row[:, 0],
+        phi="p_relu_g", scale=layer.scale,
+    )  # fmt: skip
+
+
+def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
+    """Rows of this device's architecture: the fastest candidate at each measured length, which serves up to midway to the next."""
+    where = environment(device)
+    for precision, dtype in PRECISIONS.items():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        for head_dim in MEASURED_HEAD_DIMS:
+            for tokens, bound in zip(MEASURED_TOKENS, _bounds(), strict=True):
+                batch = max(1, 16384 // tokens if precision == "half" else 4096 // tokens)
+                layer = Layer(Size(batch, 12, tokens, head_dim), dtype, device)
+                for kernel, call in calls(layer).items():
+                    times = {config: time for config in CANDIDATES[precision] if (time := _time(call, config, device, seconds))}
+                    fastest = min(times, key=times.__getitem__)
+                    basis = f"measured {times[fastest]:.4g} ms at {tokens} tokens, {where['device']}, {where['versions']}"
+                    row = table_row(Task(kernel, architecture_of(device), precision, head_dim), bound, fastest, basis)
+                    print(row, flush=True)
+                    yield row
+
+
+def _bounds() -> tuple[str, ...]:
+    """Up to which number of tokens each measured length serves: the geometric mean with the next."""
+    means = (round((first * second) ** 0.5) for first, second in zip(MEASURED_TOKENS, MEASURED_TOKENS[1:], strict=False))
+    return (*map(str, means), ANY)
+
+
+def _time(call: Callable[[], object], config: TileConfig, device: torch.device, seconds: float) -> float | None:
+    """Median milliseconds; None where the device refuses the shape (shared memory)."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        with forced_config(config):
+            samples = samples_ms(call, device, seconds)
+    except OutOfResources:
+        return None
+    return sorted(samples)[len(samples) // 2]
+
+
+def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.Decision]:
+    """One pass against two at the benchmark's sizes."""
+    where = environment(device)
+    sizes, dtypes = (GPU_SIZES, (torch.bfloat16, torch.float16, torch.float32))
+    if device.type == "cpu":
+        sizes, dtypes = CPU_SIZES, (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        for size in sizes:
+            layer = Layer(size, dtype, device)
+            inputs = layer.query, layer.key, layer.value, layer.out, layer.state, layer.scale
+            gradient = {"value": layer.value, "grad_out": layer.grad_out}
+            row = {"phi": "p_relu_g", "scale": layer.scale, **gradient}
+            timed = (
+                lambda layer=layer: one_pass(layer),
+                lambda layer=layer, inputs=inputs: library_backward(layer.grad_out, *inputs),
+                lambda layer=layer, row=row: kernels.row_propagation(layer.query, layer.key, layer.logsumexp, layer.row, **row),
+            )
+            medians = [sorted(samples)[len(samples) // 2] for samples in (samples_ms(call, device, seconds) for call in timed)]
+            decision = choose.Decision(
+                architecture=choose.decision_architecture(device), dtype=str(dtype).removeprefix("torch."),
+                head_dim=str(choose.padded(size.head_dim)), tokens=str(size.tokens), batch_heads=str(size.batch * size.heads),
+                **dict(zip(("one_pass_ms", "backward_ms", "row_ms"), (f"{median:.4g}" for median in medians), strict=True)),
+                device=str(where["device"]), versions=str(where["versions"]),
+            )  # fmt: skip
+            print(decision, decision.faster, flush=True)
+            yield decision
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile-only", action="store_true", help="no GPU: choose by compiling for --architectures")
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="SM")
+    parser.add_argument("--decisions", action="store_true", help="measure one backward pass against two")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=0.1, help="of sampling for each candidate")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.decisions:
+        made = list(measured_decisions(device, options.seconds))
+        others = [row for row in choose.read_decisions() if row.architecture != made[0].architecture]
+        write_table_rows(choose.TABLE, [asdict(row) for row in (*others, *made)])
+        print(choose.TABLE)
+        return
+    if options.compile_only:
+        rows = compile_table(options.architectures, options.jobs)
+    elif device.type == "cuda":
+        rows = list(measured_table(device, options.seconds))
+    else:
+        raise SystemExit("expected a CUDA device to measure on, found none (--compile-only fills the table without one)")
+    replaced = {row.architecture for row in rows}
+    write_table([*(row for row in read_table() if row.architecture not in replaced), *rows])
+    print(TABLE)
+
+
+if __name__ == "__main__":
+    main()
