@@ -12,13 +12,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import vitexplain
 
+from .operations import COMPUTE, FORWARD, NOT_MEASURED, results_path
 from .record import RESULTS, Row, read_rows
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COST = RESULTS / "cpu" / "cost_vit_small_patch16_224_float32.csv"
 MEMORY = RESULTS / "cpu" / "memory_tokentm.csv"
+# folder and element type of the operation benchmark's results, and the number of tokens that is shown
+OPERATIONS = {("cpu", torch.float32): 577, ("nvidia-h200", torch.bfloat16): 1025}
 
 
 def method_table() -> str:
@@ -51,6 +56,46 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+def operations_table() -> str:
+    """Every operation on each device there are results of, at one size a device."""
+    parts = []
+    for (folder, dtype), tokens in OPERATIONS.items():
+        rows = [row for row in read_rows(results_path(folder, dtype)) if row.tokens in (0, tokens)]
+        parts.append(_operations_of(rows))
+    return "\n\n".join(parts)
+
+
+def _operations_of(rows: list[Row]) -> str:
+    peaks = [row for row in rows if row.case == "peak"]
+    operations = [row for row in rows if row.case == "operation"]
+    first = operations[0]
+    measured = "; ".join(f"{row.provider} {_figure(row)}" for row in peaks)
+    threads = f", {first.threads} threads" if first.threads else ""
+    device = "cpu" if first.threads and first.dtype == "float32" else "cuda"
+    lines = [
+        f"{first.device}{threads}; batch {first.batch}, {first.model}, {first.tokens} tokens, {first.dtype}; {first.versions}. "
+        f"Measured peaks: {measured}. `python -m bench.operations --device {device}`",
+        "",
+        "| operation | time, ms | fraction of its peak | ÷ fused attention's rate |",
+        "|---|---|---|---|",
+    ]
+    for provider in dict.fromkeys(row.provider for row in operations):
+        metrics = {row.metric: row for row in operations if row.provider == provider}
+        fraction = next((row for name, row in metrics.items() if name.startswith("fraction")), None)
+        ratio = next((row for name, row in metrics.items() if name.startswith("rate over")), None)
+        which = "" if fraction is None else " (FLOP/s)" if fraction.metric.endswith(COMPUTE) else " (bytes/s)"
+        beside = "–" if ratio is None else _figure(ratio) + (" (forward)" if ratio.metric.endswith(FORWARD) else " (backward)")
+        lines.append(f"| {provider} | {_figure(metrics['time'], spread=True)} | {_figure(fraction)}{which} | {beside} |")
+    return "\n".join(lines)
+
+
+def _figure(row: Row | None, *, spread: bool = False) -> str:
+    if row is None or row.p50 == NOT_MEASURED:
+        return NOT_MEASURED
+    unit = "" if row.unit in ("1", "ms") else f" {row.unit}"
+    return f"{row.p50}{unit}" + (f" [{row.p20}, {row.p80}]" if spread else "")
+
+
 def memory_table() -> str:
     """Peak memory over the number of tokens."""
     rows = read_rows(MEMORY)
@@ -77,7 +122,12 @@ def _dtype(rows: list[Row], provider: str) -> str:
     return next(row.dtype for row in rows if row.provider == provider)
 
 
-PARTS: dict[str, Callable[[], str]] = {"methods": method_table, "cost": cost_table, "memory": memory_table}
+PARTS: dict[str, Callable[[], str]] = {
+    "methods": method_table,
+    "cost": cost_table,
+    "memory": memory_table,
+    "operations": operations_table,
+}
 
 
 def rendered(text: str) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from multiprocessing import get_context
 
 import torch
@@ -19,8 +20,8 @@ import torch
 from vitexplain import kernels
 from vitexplain.fused_attention import attention_backward as library_backward
 from vitexplain.kernels import shipped_variants
-from vitexplain.kernels.ahead_of_time.build import compile_variant
-from vitexplain.kernels.ahead_of_time.resources import Resources, resources_of
+from vitexplain.kernels.aot.compile import compile_variant
+from vitexplain.kernels.aot.resources import Resources, resources_of
 from vitexplain.kernels.attention_backward import choose
 from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_config, recorded_launches
 from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, read_table, write_table
@@ -31,7 +32,8 @@ from .timing import samples_ms
 
 KERNELS = ("single_row", "many_rows", "attention_backward", "contribution_map")
 ARCHITECTURES = ("80", "89", "90", "100")
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (64, 128, 256)
+NARROWER = {"64": ("16", "32")}  # what fits a width of 64 fits these
 PRECISIONS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 
 # queries, keys, warps, stages; the first that compiles without spills is the default where nothing was measured
@@ -105,8 +107,7 @@ def compiled_row(task: Task) -> TableRow:
 
 def _compiled(task: Task, config: TileConfig) -> Resources | None:
     """What a candidate needs; None where it does not fit the architecture at all."""
-    image = compile_variant(heaviest_variant(task, config), task.architecture)
-    found = resources_of(image)
+    found = resources_of(compile_variant(heaviest_variant(task, config), task.architecture), task.architecture)
     return found if found.fits else None
 
 
@@ -127,7 +128,13 @@ def compile_table(architectures: list[str], jobs: int) -> list[TableRow]:
         for row in pool.imap_unordered(compiled_row, tasks):
             print(row, flush=True)
             rows.append(row)
-    return rows + [_for_any(rows, task) for task in tasks if task.architecture == architectures[0]]
+    rows += [_for_any(rows, task) for task in tasks if task.architecture == architectures[0]]
+    narrow = [
+        replace(row, head_dim=width, basis=f"as for a width of {row.head_dim}")
+        for row in rows
+        for width in NARROWER.get(row.head_dim, ())
+    ]
+    return rows + narrow
 
 
 def _for_any(rows: list[TableRow], task: Task) -> TableRow:
@@ -172,7 +179,8 @@ def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
                 batch = max(1, 16384 // tokens if precision == "half" else 4096 // tokens)
                 layer = Layer(Size(batch, 12, tokens, head_dim), dtype, device)
                 for kernel, call in calls(layer).items():
-                    times = {config: time for config in CANDIDATES[precision] if (time := _time(call, config, device, seconds))}
+                    timed = {config: _time(call, config, device, seconds) for config in CANDIDATES[precision]}
+                    times = {config: time for config, time in timed.items() if time is not None}
                     fastest = min(times, key=times.__getitem__)
                     basis = f"measured {times[fastest]:.4g} ms at {tokens} tokens, {where['device']}, {where['versions']}"
                     row = table_row(Task(kernel, architecture_of(device), precision, head_dim), bound, fastest, basis)
@@ -182,7 +190,7 @@ def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
 
 def _bounds() -> tuple[str, ...]:
     """Up to which number of tokens each measured length serves: the geometric mean with the next."""
-    means = (round((first * second) ** 0.5) for first, second in zip(MEASURED_TOKENS, MEASURED_TOKENS[1:], strict=False))
+    means = (round((first * second) ** 0.5) for first, second in pairwise(MEASURED_TOKENS))
     return (*map(str, means), ANY)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ahead_of_time
+from . import aot
 from .launch_table import TileConfig, looked_up
 
 TYPE_NAMES = {
@@ -140,10 +140,6 @@ def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
     )
 
 
-def _device(arguments: tuple[Any, ...]) -> torch.device:
-    return next(value.device for value in arguments if isinstance(value, Tensor))
-
-
 def _type_of(name: str, value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + TYPE_NAMES[value.dtype]
@@ -168,10 +164,12 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], const
     if recording is not None:
         recording.variants.append(describe(kernel, arguments, constants, config))
         return
-    if ahead_of_time.installed():
-        variant = describe(kernel, arguments, constants, config)
-        image = ahead_of_time.find(variant, architecture_of(_device(arguments)))
+    if aot.installed():
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        image = (
+            aot.find(describe(kernel, arguments, constants, config), architecture_of(device)) if device.type == "cuda" else None
+        )
         if image is not None:
-            image.launch(grid, [value for value in arguments if value is not None])
+            image.launch(grid, [value for value in arguments if value is not None], device)
             return
     kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)

@@ -33,6 +33,7 @@ from ..triton_common import (
 )
 
 LARGEST_COLUMN_BLOCK = 128
+WIDE_HEAD = 256  # such heads leave room for half as many columns
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "num_tokens", "num_columns"])
@@ -128,7 +129,8 @@ def launch_map(
     num_columns = contribution.shape[2]
     block_d = padded_head_dim(head_dim)
     config = tile_config("contribution_map", query, block_d, num_tokens)
-    block_c = min(LARGEST_COLUMN_BLOCK, max(SMALLEST_PRODUCT, triton.next_power_of_2(num_columns)))
+    largest = LARGEST_COLUMN_BLOCK // 2 if block_d >= WIDE_HEAD else LARGEST_COLUMN_BLOCK
+    block_c = min(largest, max(SMALLEST_PRODUCT, triton.next_power_of_2(num_columns)))
     out = torch.empty(batch, num_tokens, num_columns, dtype=torch.float32, device=query.device)
     arguments = (
         query, key, value, grad_out, logsumexp, mask_pointer(mask), contribution.float().contiguous(), *weights, out,
