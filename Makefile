@@ -1,13 +1,15 @@
 # make demo   sets everything up and explains a real photo
 # make test   sets everything up and runs the tests (no GPU needed; GPU tests run where there is one)
-# make gpu    on a machine with CUDA and torch: the GPU tests, then the benchmark
+# make gpu    on a machine with CUDA and torch: the GPU tests, then the benchmark of every operation and of whole explanations
+# make tune   there: the launch table and the decision between one backward pass and two, by measuring
+# make aot    anywhere: every kernel compiled ahead of time, and each held to its budget
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := 3.11
 
-.PHONY: demo test test-main test-interpreter lint gpu bench readme clean
+.PHONY: demo test test-main test-interpreter lint gpu tune aot bench readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/vitexplain demo --output vitexplain_demo.png
@@ -26,15 +28,34 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 # The GPU machine may have no network: its own torch, triton, timm and scikit-build-core are used.
-gpu:
+GPU_BIN := .venv-gpu/bin
+GPU_INSTALLED := .venv-gpu/.installed
+
+gpu: $(GPU_INSTALLED)
+	$(GPU_BIN)/python -m pytest -m gpu -n 8 -q
+	$(GPU_BIN)/python -m bench.cost --device cuda --dtype bfloat16 --model vit_base_patch16_224 --batch 64
+	$(GPU_BIN)/python -m bench.first_call
+	$(GPU_BIN)/python -m bench.operations --device cuda
+
+tune: $(GPU_INSTALLED)
+	$(GPU_BIN)/python -m bench.tune
+	$(GPU_BIN)/python -m bench.tune --decisions
+
+$(GPU_INSTALLED): pyproject.toml CMakeLists.txt
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
-	.venv-gpu/bin/python -m pytest -m gpu
-	.venv-gpu/bin/python -m bench.cost --device cuda --dtype bfloat16 --model vit_base_patch16_224 --batch 64
+	$(GPU_BIN)/python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
+	touch $@
+
+aot: $(INSTALLED)
+	cmake -B build/aot -DVITEXPLAIN_AOT=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake --build build/aot
+	ctest --test-dir build/aot --output-on-failure
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cost
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.operations
+	$(BIN)/python -m bench.tune --decisions --device cpu
 	$(BIN)/python -m bench.readme
 
 readme: $(INSTALLED)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,14 +98,14 @@ class Case:
 
     Attributes:
         name: in the table.
-        call: what is timed.
+        call: what is timed; None for a rival that is not installed or cannot run here.
         flops, moved_bytes: counted, not measured.
         bound: which peak it is held against, ``"compute"`` or ``"bandwidth"``.
         reference: the line of torch's own attention it is compared with; empty where that says nothing.
     """
 
     name: str
-    call: Callable[[], object]
+    call: Callable[[], object] | None
     flops: float
     moved_bytes: float
     bound: str
@@ -130,11 +131,12 @@ def cases(layer: Layer) -> Iterator[Case]:
         "row_propagation, φ = P (rollout)", lambda: kernels.row_propagation(q, k, lse, layer.row, **layer_map),
         pair, 2 * head + by_head_bytes + 2 * row_bytes, COMPUTE, FORWARD,
     )  # fmt: skip
-    if colreduce := _flash_colreduce():
-        yield Case(
-            "flash-colreduce, column means (rollout's first step; makes its own logsumexp)",
-            lambda: colreduce(q, k, "mean", scale=scale).mean(1), 2 * pair, 2 * head + row_bytes, COMPUTE, FORWARD,
-        )  # fmt: skip
+    colreduce = _flash_colreduce()
+    yield Case(
+        "flash-colreduce, column means (rollout's first step; makes its own logsumexp)",
+        None if colreduce is None else lambda: colreduce(q, k, "mean", scale=scale).mean(1),
+        2 * pair, 2 * head + row_bytes, COMPUTE, FORWARD,
+    )  # fmt: skip
     yield Case(
         "row_propagation, φ = P·relu(G), token weights (tokentm)",
         lambda: kernels.row_propagation(q, k, lse, layer.row, **weighed),
@@ -278,7 +280,7 @@ def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, li
 
 
 def _median(samples: list[float]) -> float:
-    return sorted(samples)[len(samples) // 2]
+    return statistics.median(samples)
 
 
 def measured_rows(sizes: tuple[Size, ...], dtype: torch.dtype, device: torch.device, seconds: float) -> list[Row]:
@@ -299,6 +301,9 @@ def measured_rows(sizes: tuple[Size, ...], dtype: torch.dtype, device: torch.dev
         where = {"model": size.name, "batch": size.batch, "tokens": size.tokens, **common}
         rates: dict[str, float] = {}
         for case in cases(layer):
+            if case.call is None:
+                rows += _unmeasured(case, **where)
+                continue
             samples = samples_ms(case.call, device, seconds)
             seconds_each = 1e-3 * _median(samples)
             rates[case.name] = case.flops / seconds_each
@@ -321,30 +326,31 @@ def measured_rows(sizes: tuple[Size, ...], dtype: torch.dtype, device: torch.dev
     return rows
 
 
+BLANK = {"p20": "", "p50": NOT_MEASURED, "p80": "", "repeats": 0}
+
+
+def _unmeasured(case: Case, **where: object) -> list[Row]:
+    """The lines of a case that was not timed."""
+    metrics = [("time", "ms"), (f"fraction of peak {case.bound}", "1")]
+    if case.reference:
+        metrics.append((f"rate over {case.reference}", "1"))
+    return [Row(case="operation", provider=case.name, metric=metric, unit=unit, **BLANK, **where) for metric, unit in metrics]
+
+
 def unmeasured_rows(sizes: tuple[Size, ...], dtype: torch.dtype, device_name: str) -> list[Row]:
     """The same lines for a device that is not at hand, each marked so."""
-    blank = {
-        "p20": "",
-        "p50": NOT_MEASURED,
-        "p80": "",
-        "repeats": 0,
-        "device": device_name,
-        "threads": 0,
-        "versions": NOT_MEASURED,
-    }
-    common = {"dtype": str(dtype).removeprefix("torch."), **blank}
+    common = {
+        "dtype": str(dtype).removeprefix("torch."), "device": device_name, "threads": 0, "versions": NOT_MEASURED
+    }  # fmt: skip
     rows = [
-        Row(case="peak", provider=label, model="", batch=0, tokens=0, metric="rate", unit=unit, **common)
+        Row(case="peak", provider=label, model="", batch=0, tokens=0, metric="rate", unit=unit, **BLANK, **common)
         for label, unit in (("large product", "TFLOP/s"), ("large copy", "TB/s"))
     ]
     tiny = Layer(Size(1, 1, 16, 16), torch.float32, torch.device("cpu"))
     for size in sizes:
         where = {"model": size.name, "batch": size.batch, "tokens": size.tokens, **common}
-        rows += [
-            Row(case="operation", provider=case.name, metric=metric, unit=unit, **where)
-            for case in cases(tiny)
-            for metric, unit in (("time", "ms"), (f"fraction of peak {case.bound}", "1"))
-        ]
+        for case in cases(tiny):
+            rows += _unmeasured(case, **where)
     return rows
 
 

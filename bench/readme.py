@@ -81,19 +81,19 @@ def _operations_of(rows: list[Row]) -> str:
     ]
     for provider in dict.fromkeys(row.provider for row in operations):
         metrics = {row.metric: row for row in operations if row.provider == provider}
-        fraction = next((row for name, row in metrics.items() if name.startswith("fraction")), None)
+        fraction = next(row for name, row in metrics.items() if name.startswith("fraction"))
         ratio = next((row for name, row in metrics.items() if name.startswith("rate over")), None)
-        which = "" if fraction is None else " (FLOP/s)" if fraction.metric.endswith(COMPUTE) else " (bytes/s)"
-        beside = "–" if ratio is None else _figure(ratio) + (" (forward)" if ratio.metric.endswith(FORWARD) else " (backward)")
-        lines.append(f"| {provider} | {_figure(metrics['time'], spread=True)} | {_figure(fraction)}{which} | {beside} |")
+        which = " (FLOP/s)" if fraction.metric.endswith(COMPUTE) else " (bytes/s)"
+        beside = "–" if ratio is None else _figure(ratio, " (forward)" if ratio.metric.endswith(FORWARD) else " (backward)")
+        time = metrics["time"]
+        lines.append(f"| {provider} | {_figure(time, f' [{time.p20}, {time.p80}]')} | {_figure(fraction, which)} | {beside} |")
     return "\n".join(lines)
 
 
-def _figure(row: Row | None, *, spread: bool = False) -> str:
-    if row is None or row.p50 == NOT_MEASURED:
+def _figure(row: Row, after: str = "") -> str:
+    if row.p50 == NOT_MEASURED:
         return NOT_MEASURED
-    unit = "" if row.unit in ("1", "ms") else f" {row.unit}"
-    return f"{row.p50}{unit}" + (f" [{row.p20}, {row.p80}]" if spread else "")
+    return row.p50 + ("" if row.unit in ("1", "ms") else f" {row.unit}") + after
 
 
 def memory_table() -> str:

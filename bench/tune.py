@@ -170,7 +170,7 @@ def one_pass(layer: Layer) -> object:
 
 
 def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
-    """Rows of this device's architecture: the fastest candidate at each measured length, which serves up to midway to the next."""
+    """Rows of this architecture: the fastest candidate at each measured length, which serves up to midway to the next."""
     where = environment(device)
     for precision, dtype in PRECISIONS.items():
         torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"

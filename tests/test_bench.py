@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import operations, tune
 from bench.cost import gate, interleaved
 from bench.readme import README, rendered
 from bench.record import Row, environment, read_rows, spread, write_rows
+from bench.timing import samples_ms
+from vitexplain.kernels import interpreting
+from vitexplain.kernels.attention_backward import choose
+from vitexplain.methods import Rollout
+from vitexplain.relevance import Update
 
 from .conftest import build_model, images_for
 
@@ -31,7 +37,7 @@ def test_the_gate_stops_a_wrong_method(monkeypatch, dtype: torch.dtype) -> None:
     model = build_model().to(dtype)
     images = images_for(model, 2).to(dtype)
     assert set(gate(model, images, ["rollout", "gmar"])) == {"rollout", "gmar"}
-    monkeypatch.setattr("vitexplain.methods.rollout.propagate", lambda rows, _block: 1.5 * rows.values)
+    monkeypatch.setattr(Rollout, "update", lambda *_: Update(factor=0.75, residual=0.5))
     with pytest.raises(SystemExit, match=r"rollout: relative error .* exceeds .*: not timed"):
         gate(model, images, ["gmar", "rollout"])
 
@@ -45,3 +51,71 @@ def test_cases_are_timed_in_turns_after_a_warm_up() -> None:
 
 def test_the_readme_is_what_the_results_say() -> None:
     assert README.read_text() == rendered(README.read_text()), "run python -m bench.readme"
+
+
+def test_a_call_is_timed_after_a_warm_up() -> None:
+    calls: list[int] = []
+    samples = samples_ms(lambda: calls.append(1), torch.device("cpu"), seconds=1e-9, least=4)
+    assert (len(samples), len(calls)) == (4, 5)
+    assert min(samples) >= 0
+
+
+TINY = operations.Size(2, 2, 33, 16)
+
+
+def test_every_operation_has_its_line_with_work_and_fraction() -> None:
+    rows = operations.measured_rows((TINY,), torch.float32, torch.device("cpu"), seconds=0.001)
+    names = {case.name for case in operations.cases(operations.Layer(TINY, torch.float32, torch.device("cpu")))}
+    assert {row.provider for row in rows if row.case == "operation"} == names
+    assert len(names) >= 15
+    rival = {name for name in names if name.startswith("flash-colreduce")}
+    assert {row.p50 for row in rows if row.provider in rival} == {"not measured"}, "it needs a GPU"
+    for name in names - rival:
+        found = {row.metric: float(row.p50) for row in rows if row.provider == name}
+        assert found["time"] > 0
+        assert sum(metric.startswith("fraction of peak") for metric in found) == 1
+        if found["work"]:
+            assert found["rate"] == pytest.approx(found["work"] / found["time"], rel=1e-2)
+    pair = 2 * 2 * 2 * 33**2 * 16
+    by_name = {row.provider: float(row.p50) for row in rows if row.metric == "work"}
+    assert by_name[operations.FORWARD] == pytest.approx(2 * pair / 1e9, rel=1e-3)
+    assert by_name["attention_backward with the row, one pass"] == pytest.approx(5 * pair / 1e9, rel=1e-3)
+
+
+def test_lines_that_were_not_measured_say_so() -> None:
+    rows = operations.unmeasured_rows((TINY,), torch.bfloat16, "nvidia-h200")
+    measured = operations.measured_rows((TINY,), torch.float32, torch.device("cpu"), seconds=0.001)
+    assert {row.p50 for row in rows} == {"not measured"}
+    assert {row.provider for row in rows} == {row.provider for row in measured}
+
+
+def test_a_wrong_operation_is_not_timed(monkeypatch) -> None:
+    operations.gate(torch.float32, torch.device("cpu"))
+    operations.gate(torch.bfloat16, torch.device("cpu"))
+    right = operations.kernels.contribution_map
+    monkeypatch.setattr(operations.kernels, "contribution_map", lambda *a, **k: 1.1 * right(*a, **k))
+    with pytest.raises(SystemExit, match=r"contribution_map: relative error .* exceeds .*: nothing is timed"):
+        operations.gate(torch.float32, torch.device("cpu"))
+
+
+def test_decisions_are_measured_and_say_which_is_faster(monkeypatch) -> None:
+    monkeypatch.setattr(tune, "CPU_SIZES", (TINY,))
+    made = list(tune.measured_decisions(torch.device("cpu"), seconds=0.001))
+    assert [row.dtype for row in made] == ["float32", "bfloat16"]
+    for row in made:
+        assert (row.architecture, row.head_dim, row.tokens, row.batch_heads) == ("cpu", "16", "33", "4")
+        two = float(row.backward_ms) + float(row.row_ms)
+        assert row.faster == (choose.ONE_PASS if float(row.one_pass_ms) < two else choose.TWO_PASSES)
+
+
+@pytest.mark.skipif(interpreting(), reason="interpreting and compiling cannot share a process")
+def test_the_tuner_takes_the_first_candidate_that_does_not_spill(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="needs triton, which this platform has no wheel for")
+    spilling, fine = tune.TileConfig(128, 128, 8, 2), tune.TileConfig(64, 64, 4, 2)
+    monkeypatch.setitem(tune.CANDIDATES, "half", (spilling, fine, tune.TileConfig(32, 32, 4, 2)))
+    task = tune.Task("single_row", "90", "half", 64)
+    row = tune.compiled_row(task)
+    assert (row.config, row.basis) == (fine, "compiles without spills")
+    monkeypatch.setitem(tune.CANDIDATES, "half", (spilling,))
+    assert tune.compiled_row(task).basis.startswith("spills ")
+    assert tune._bounds() == ("337", "769", "2049", "any")

@@ -41,7 +41,7 @@ from .reference import (
 pytestmark = pytest.mark.interpreter
 
 LENGTHS = [1, 16, 17, 197, 198, 257]
-LONG = [577, 1025, 1370]  # one image and head, large tiles: the interpreter's time goes with the number of tiles
+LONG = [577, 1025, 1370]  # one image
 HEAD_DIMS = [16, 32, 48, 72, 80, 88, 128, 256]
 SHAPES = [*((n, 64) for n in LENGTHS), *((33, dh) for dh in HEAD_DIMS), *((n, 64) for n in LONG)]
 SWITCHES = list(itertools.product((True, False), repeat=2))
@@ -49,9 +49,10 @@ SWITCHES = list(itertools.product((True, False), repeat=2))
 
 @pytest.fixture
 def shape_of_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Large tiles for long sequences in the interpreter."""
-    long = request.node.callspec.params.get("n", 0) in LONG
-    with forced_config(TileConfig(128, 256, 4, 1)) if long and interpreting() else nullcontext():
+    """The interpreter's time goes with the number of tiles: large ones for long sequences."""
+    n = request.node.callspec.params.get("n", 0)
+    config = TileConfig(128, 256, 4, 1) if n in LONG else TileConfig(64, 128, 4, 1) if n >= 130 else None
+    with forced_config(config) if config and interpreting() else nullcontext():
         yield
 
 
@@ -100,6 +101,7 @@ def test_row_propagation_of_many_rows_and_of_leading_queries(
     assert_within_error_budget(actual, exact, plain, dtype)
 
 
+@pytest.mark.usefixtures("shape_of_tiles")
 @pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "num_queries", "mask"), [(17, None, "none"), (130, None, "boolean"), (65, 2, "none")])
@@ -122,6 +124,7 @@ def _maps(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> tuple[torch.
     return dense_maps(inputs, phi, torch.float64), dense_maps(inputs, phi, dtype)
 
 
+@pytest.mark.usefixtures("shape_of_tiles")
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -141,11 +144,12 @@ def test_attention_backward_beside_the_row(backend, n: int, head_dim: int, dtype
     _check_backward(_inputs(n, head_dim, dtype), "p_relu_g", False, dtype, backend)
 
 
+@pytest.mark.usefixtures("shape_of_tiles")
 @pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_backward_with_every_weighing_and_mask(backend, mask: str, phi: str) -> None:
     for dtype in DTYPES:
-        _check_backward(attention_inputs(130, 32, dtype, mask=mask), phi, True, dtype, backend)
+        _check_backward(attention_inputs(70, 32, dtype, mask=mask), phi, True, dtype, backend)
 
 
 def _check_backward(inputs: AttentionInputs, phi: str, norms: bool, dtype: torch.dtype, backend: str) -> None:
