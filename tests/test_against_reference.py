@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitexplain
+from vitexplain.kernels.attention_backward.choose import ONE_PASS, TWO_PASSES, forced
 from vitexplain.testing import DenseReference
 
 from .conftest import MODEL_SHAPES, all_tokens, build_model, images_for, relative_error, rms_error
@@ -168,3 +170,33 @@ def test_dynamic_image_sizes_give_their_own_grid(size: tuple[int, int]) -> None:
     for name in METHODS:
         assert ours[name].maps.shape == (2, size[0] // 8, size[1] // 8)
         assert relative_error(ours[name].maps, dense[name].maps) <= 1e-5, name
+
+
+@pytest.mark.parametrize("shape", MODEL_SHAPES)
+def test_one_backward_pass_gives_what_two_give(shape: str) -> None:
+    """The row step beside the attention's own backward, where a table of measurements says so, changes nothing but rounding."""
+    model = build_model(**MODEL_SHAPES[shape])
+    images = images_for(model, 2)
+    gradient_methods = ["tokentm", "gmar", "transformer_mm"]
+    results = {}
+    for choice in (ONE_PASS, TWO_PASSES):
+        calls = OnePassCalls()
+        with forced(choice), calls:
+            results[choice] = vitexplain.explain(model, images, method=gradient_methods)
+        # in the last block of a class-token head, and in the first, whose inputs need no gradient, there is nothing to share
+        expected = max(0, len(model.blocks) - (2 if model.attn_pool is None and model.global_pool != "avg" else 1))
+        assert calls.number == (expected if choice == ONE_PASS else 0)
+    for name in gradient_methods:
+        assert relative_error(all_tokens(results[ONE_PASS][name]), all_tokens(results[TWO_PASSES][name])) <= 1e-5
+
+
+class OnePassCalls(TorchDispatchMode):
+    """Counts calls of the one-pass operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.name() == "vitexplain::attention_backward"
+        return func(*args, **(kwargs or {}))

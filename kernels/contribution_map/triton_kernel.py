@@ -17,7 +17,6 @@ from ..phi import WITH_MAP
 from ..triton_common import (
     LENGTHS,
     LOG2_E,
-    SMALLEST_PRODUCT,
     check_dtype,
     dot_precision,
     float32_product_precision,
@@ -32,7 +31,7 @@ from ..triton_common import (
     with_unit_last_stride,
 )
 
-LARGEST_COLUMN_BLOCK = 128
+COLUMN_BLOCK = 128
 WIDE_HEAD = 256  # such heads leave room for half as many columns
 
 
@@ -129,8 +128,7 @@ def launch_map(
     num_columns = contribution.shape[2]
     block_d = padded_head_dim(head_dim)
     config = tile_config("contribution_map", query, block_d, num_tokens)
-    largest = LARGEST_COLUMN_BLOCK // 2 if block_d >= WIDE_HEAD else LARGEST_COLUMN_BLOCK
-    block_c = min(largest, max(SMALLEST_PRODUCT, triton.next_power_of_2(num_columns)))
+    block_c = COLUMN_BLOCK // 2 if block_d >= WIDE_HEAD else COLUMN_BLOCK
     out = torch.empty(batch, num_tokens, num_columns, dtype=torch.float32, device=query.device)
     arguments = (
         query, key, value, grad_out, logsumexp, mask_pointer(mask), contribution.float().contiguous(), *weights, out,

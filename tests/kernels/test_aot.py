@@ -338,3 +338,35 @@ def test_the_build_says_what_is_missing(tmp_path) -> None:
     assert done.returncode != 0
     assert "expected torch and triton in the environment" in done.stderr
     assert "--no-build-isolation" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+@pytest.mark.parametrize("rows", [None, "all"])
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_everything_that_an_explanation_launches_is_shipped(monkeypatch, pooling: str, rows, passes: str, dtype) -> None:
+    """Explanations run with their launches recorded; what the kernels would have written is garbage and does not matter."""
+    import vitexplain
+    from vitexplain.kernels.aot.compile import shipped_variants
+    from vitexplain.kernels.attention_backward.choose import forced
+    from vitexplain.kernels.launch import recorded_launches
+
+    from ..conftest import build_model, images_for
+
+    model = build_model(embed_dim=128, num_heads=2, global_pool=pooling, class_token=pooling == "token").to(dtype)
+    images = images_for(model, 2).to(dtype)
+    methods = [info.name for info in vitexplain.methods() if info.all_rows or rows is None]
+    monkeypatch.setattr("vitexplain.kernels.dispatch.choose_backend", lambda *_: "triton")
+    with recorded_launches("90") as launched, forced(passes):
+        vitexplain.explain(model, images, method=methods, rows=rows)
+    assert launched
+    shipped: dict[tuple, list] = {}
+    for variant in shipped_variants("90", [str(dtype).removeprefix("torch.")], [64]):
+        shipped.setdefault(_key(variant), []).append(variant.divisible)
+    for variant in launched:
+        assert _key(variant) in shipped, f"not shipped: {variant}"
+        assert any(variant.divisible >= divisible for divisible in shipped[_key(variant)]), f"not aligned so: {variant}"
+
+
+def _key(variant) -> tuple:
+    return variant.kernel, variant.types, variant.constants, variant.num_warps, variant.num_stages
