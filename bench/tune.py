@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import pairwise
 from multiprocessing import get_context
 
@@ -21,20 +21,27 @@ from vitexplain import kernels
 from vitexplain.fused_attention import attention_backward as library_backward
 from vitexplain.kernels import shipped_variants
 from vitexplain.kernels.aot.compile import compile_variant
-from vitexplain.kernels.aot.resources import Resources, resources_of
+from vitexplain.kernels.aot.resources import resources_of
 from vitexplain.kernels.attention_backward import choose
 from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_config, recorded_launches
 from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, read_table, write_table
+from vitexplain.kernels.token_transformation.token_kernel import ANY_WIDTH
 
 from .operations import CPU_SIZES, GPU_SIZES, Layer, Size
 from .record import environment, write_table_rows
 from .timing import samples_ms
 
-KERNELS = ("single_row", "many_rows", "attention_backward", "contribution_map")
+TOKENWISE = ("token_transformation", "attention_token_transformation")
+KERNELS = ("single_row", "single_row_few", "many_rows", "many_rows_few", "attention_backward", "contribution_map", *TOKENWISE)
+FEW = "_few"  # a handful of queries: the last block of a class-token model
 ARCHITECTURES = ("80", "89", "90", "100")
 HEAD_DIMS = (64, 128, 256)
 NARROWER = {"64": ("16", "32")}  # what fits a width of 64 fits these
 PRECISIONS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+# Whose variants must all compile without spills, and at which head widths; elsewhere the heaviest variant stands for all.
+THOROUGH = {"half": ("bfloat16", "float16"), "ieee": ("float32",)}
+WIDTHS = {64: (64,), 128: (128, 80)}
+A_FEW_BYTES, MOST_REGISTERS = 64, 255
 
 # queries, keys, warps, stages; the first that compiles without spills is the default where nothing was measured
 CANDIDATES: dict[str, tuple[TileConfig, ...]] = {
@@ -57,6 +64,15 @@ CANDIDATES: dict[str, tuple[TileConfig, ...]] = {
         for shape in ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1))
     ),
 }  # fmt: skip
+FEW_CANDIDATES = tuple(
+    TileConfig(16, *shape)
+    for shape in ((128, 8, 2), (128, 4, 2), (64, 4, 2), (64, 4, 1), (32, 4, 1), (32, 8, 1), (16, 4, 1), (16, 8, 1))
+)
+# tokens, dimensions, warps, stages
+TOKENWISE_CANDIDATES = tuple(
+    TileConfig(*shape)
+    for shape in ((32, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 1), (16, 64, 4, 2), (16, 64, 8, 2), (16, 32, 4, 2))
+)
 MEASURED_TOKENS = (197, 577, 1025, 4097)
 MEASURED_HEAD_DIMS = (32, 64, 128)
 
@@ -74,47 +90,62 @@ class Task:
     head_dim: int
 
 
-def heaviest_variant(task: Task, config: TileConfig) -> KernelVariant:
-    """The shipped variant of a kernel that keeps most in registers: gradient-weighed, with every weight and norm it can have."""
+def candidates(kernel: str, precision: str) -> tuple[TileConfig, ...]:
+    """In order of preference."""
+    if kernel in TOKENWISE:
+        return TOKENWISE_CANDIDATES
+    return FEW_CANDIDATES if kernel.endswith(FEW) else CANDIDATES[precision]
+
+
+def variants_to_check(task: Task, config: TileConfig) -> list[KernelVariant]:
+    """The shipped variants of a kernel with this tile shape, those that keep most in registers first."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if task.precision == "tf32" else "ieee"
-    inputs = shipped_variants.ShippedInputs(PRECISIONS[task.precision], task.head_dim, num_tokens=197)
-    with recorded_launches(task.architecture) as variants, forced_config(config):
-        inputs.every_launch(197)
-    mine = [variant for variant in variants if variant.kernel == f"{task.kernel}_kernel"]
-
-    def weight(variant: KernelVariant) -> tuple[bool, int]:
-        constants = dict(variant.constants)
-        return constants["PHI"] == "p_relu_g", len(variant.types)
-
-    return max(mine, key=weight)
+    thorough = task.precision in THOROUGH and task.head_dim in WIDTHS
+    dtypes = THOROUGH[task.precision] if thorough else (str(PRECISIONS[task.precision]).removeprefix("torch."),)
+    with recorded_launches(task.architecture) as recorded, forced_config(config):
+        for dtype in dtypes:
+            for head_dim in WIDTHS[task.head_dim] if thorough else (task.head_dim,):
+                inputs = shipped_variants.ShippedInputs(getattr(torch, dtype), head_dim, num_tokens=197)
+                inputs.every_launch(1 if task.kernel.endswith(FEW) else 197)
+    wanted = f"{task.kernel.removesuffix(FEW)}_kernel"
+    mine = [variant for variant in dict.fromkeys(recorded) if variant.kernel == wanted]
+    mine.sort(key=lambda variant: (dict(variant.constants).get("PHI") == "p_relu_g", len(variant.types)), reverse=True)
+    return mine if thorough else mine[:1]
 
 
 def compiled_row(task: Task) -> TableRow:
     """The first candidate without spills within the architecture's shared memory; failing that, the one that spills least."""
     best: tuple[int, TileConfig] | None = None
-    for config in CANDIDATES[task.precision]:
-        found = _compiled(task, config)
-        if found is None:
-            continue
-        if found.spilled_bytes == 0:
+    for config in candidates(task.kernel, task.precision):
+        spilled = _spilled_bytes(task, config)
+        if spilled and spilled <= A_FEW_BYTES:  # the assembler's choice, not a need: forbid it
+            config = replace(config, max_registers=MOST_REGISTERS)
+            spilled = _spilled_bytes(task, config)
+        if spilled == 0:
             return table_row(task, ANY, config, "compiles without spills")
-        if best is None or found.spilled_bytes < best[0]:
-            best = found.spilled_bytes, config
+        if spilled is not None and (best is None or spilled < best[0]):
+            best = spilled, config
     if best is None:
         raise SystemExit(f"{task}: no candidate compiles within the shared memory")
     return table_row(task, ANY, best[1], f"spills {best[0]} bytes, the least of the candidates")
 
 
-def _compiled(task: Task, config: TileConfig) -> Resources | None:
-    """What a candidate needs; None where it does not fit the architecture at all."""
-    found = resources_of(compile_variant(heaviest_variant(task, config), task.architecture), task.architecture)
-    return found if found.fits else None
+def _spilled_bytes(task: Task, config: TileConfig) -> int | None:
+    """Bytes that the first variant to spill spills; None where one does not fit the architecture at all."""
+    for variant in variants_to_check(task, config):
+        found = resources_of(compile_variant(variant, task.architecture), task.architecture)
+        if not found.fits:
+            return None
+        if found.spilled_bytes:
+            return found.spilled_bytes
+    return 0
 
 
 def table_row(task: Task, tokens: str, config: TileConfig, basis: str) -> TableRow:
     """A row of the launch table."""
-    shape = (config.block_m, config.block_n, config.num_warps, config.num_stages)
-    return TableRow(task.kernel, task.architecture, task.precision, str(task.head_dim), tokens, *map(str, shape), basis)
+    return TableRow(
+        task.kernel, task.architecture, task.precision, str(task.head_dim), tokens, *map(str, astuple(config)), basis
+    )  # fmt: skip
 
 
 def compile_table(architectures: list[str], jobs: int) -> list[TableRow]:
@@ -122,6 +153,7 @@ def compile_table(architectures: list[str], jobs: int) -> list[TableRow]:
     tasks = [
         Task(kernel, architecture, precision, head_dim)
         for precision in PRECISIONS for head_dim in HEAD_DIMS for kernel in KERNELS for architecture in architectures
+        if kernel != "token_transformation" or head_dim == ANY_WIDTH
     ]  # fmt: skip
     rows = []
     with get_context("spawn").Pool(jobs) as pool:
@@ -152,12 +184,20 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
     inputs = layer.query, layer.key, layer.logsumexp
     weighed = {"phi": "p_relu_g", "scale": layer.scale, "value": layer.value, "grad_out": layer.grad_out}
     weighed["token_weights"] = layer.token_weights
+    first = layer.query[:, :, :1], layer.key, layer.logsumexp[:, :, :1]
+    weighed_first = {**weighed, "grad_out": layer.grad_out[:, :, :1]}
     contribution = torch.rand(layer.size.batch, layer.size.tokens, layer.size.tokens, device=layer.device)
     return {
         "single_row": lambda: kernels.row_propagation(*inputs, layer.row, **weighed),
+        "single_row_few": lambda: kernels.row_propagation(*first, layer.row[:, :, :1], **weighed_first),
         "many_rows": lambda: kernels.row_propagation(*inputs, layer.rows, **weighed),
+        "many_rows_few": lambda: kernels.row_propagation(*first, layer.rows[:, :, :1], **weighed_first),
         "attention_backward": lambda: one_pass(layer),
         "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, **weighed),
+        "token_transformation": lambda: kernels.add_token_transformation(layer.tokens, layer.branch, layer.moved),
+        "attention_token_transformation": lambda: kernels.attention_token_transformation(
+            layer.tokens, layer.value, layer.output_weight
+        ),
     }
 
 
@@ -179,7 +219,9 @@ def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
                 batch = max(1, 16384 // tokens if precision == "half" else 4096 // tokens)
                 layer = Layer(Size(batch, 12, tokens, head_dim), dtype, device)
                 for kernel, call in calls(layer).items():
-                    timed = {config: _time(call, config, device, seconds) for config in CANDIDATES[precision]}
+                    if kernel == "token_transformation" and head_dim != ANY_WIDTH:
+                        continue
+                    timed = {config: _time(call, config, device, seconds) for config in candidates(kernel, precision)}
                     times = {config: time for config, time in timed.items() if time is not None}
                     fastest = min(times, key=times.__getitem__)
                     basis = f"measured {times[fastest]:.4g} ms at {tokens} tokens, {where['device']}, {where['versions']}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -38,7 +37,7 @@ class KernelVariant:
             pointer is the constant None.
         divisible: names of the arguments that are multiples of 16 (pointers: bytes).
         constants: compile-time values by name.
-        num_warps, num_stages: as the launcher chose them.
+        num_warps, num_stages, max_registers: as the launcher chose them.
         function: the Triton function.
     """
 
@@ -48,6 +47,7 @@ class KernelVariant:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    max_registers: int
     function: Any = field(compare=False, repr=False)
 
 
@@ -59,32 +59,34 @@ class _Recording:
     variants: list[KernelVariant] = field(default_factory=list)
 
 
-_RECORDING: ContextVar[_Recording | None] = ContextVar("vitexplain_recorded_launches", default=None)
-_FORCED: ContextVar[TileConfig | None] = ContextVar("vitexplain_forced_config", default=None)
+# Module state, not context variables: the backward of CUDA tensors runs in a thread of its own, which has no context.
+_recording: _Recording | None = None
+_forced: TileConfig | None = None
 
 
 @contextmanager
 def recorded_launches(architecture: str) -> Iterator[list[KernelVariant]]:
-    """Note launches instead of making them; tensors may be on the meta device.
+    """Note launches, of any thread, instead of making them; tensors may be on the meta device.
 
     ``architecture`` is what tile shapes are looked up for: ``"90"``, ``"gfx942"``.
     """
-    recording = _Recording(architecture)
-    token = _RECORDING.set(recording)
+    global _recording
+    before, _recording = _recording, _Recording(architecture)
     try:
-        yield recording.variants
+        yield _recording.variants
     finally:
-        _RECORDING.reset(token)
+        _recording = before
 
 
 @contextmanager
 def forced_config(config: TileConfig) -> Iterator[None]:
-    """Launch with these tile shapes whatever the table says (for tuning)."""
-    token = _FORCED.set(config)
+    """Launch with these tile shapes, in any thread, whatever the table says (for tuning)."""
+    global _forced
+    before, _forced = _forced, config
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _forced = before
 
 
 @cache
@@ -99,13 +101,12 @@ def _architecture_of(device: torch.device) -> str:
 
 def architecture_of(device: torch.device) -> str:
     """``"90"`` for compute capability 9.0, ``"gfx942"`` on AMD, ``"any"`` off the GPU; what is recorded for, while recording."""
-    recording = _RECORDING.get()
-    return recording.architecture if recording is not None else _architecture_of(device)
+    return _recording.architecture if _recording is not None else _architecture_of(device)
 
 
 def tile_config(kernel: str, tensor: Tensor, block_d: int, num_tokens: int) -> TileConfig:
     """Tile shape for a kernel on a tensor's device and element type: from the table, unless the tuner has forced another."""
-    return _FORCED.get() or looked_up(kernel, architecture_of(tensor.device), precision_of(tensor.dtype), block_d, num_tokens)
+    return _forced or looked_up(kernel, architecture_of(tensor.device), precision_of(tensor.dtype), block_d, num_tokens)
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -118,7 +119,7 @@ def precision_of(dtype: torch.dtype) -> str:
 def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], config: TileConfig) -> KernelVariant:
     """The variant that these arguments need: types, divisibility and constants, by name."""
     names = kernel.arg_names[: len(arguments)]
-    unspecialised = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    unspecialised = _unspecialised(kernel)
     types, divisible, fixed = [], set(), dict(constants)
     for name, value in zip(names, arguments, strict=True):
         if value is None:
@@ -136,8 +137,15 @@ def describe(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
         tuple(sorted(fixed.items())),
         config.num_warps,
         config.num_stages,
+        config.max_registers,
         kernel,
     )
+
+
+@cache
+def _unspecialised(kernel: Any) -> frozenset[str]:
+    """Arguments for whose values a kernel is never compiled anew."""
+    return frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
 
 
 def _type_of(name: str, value: Any) -> str:
@@ -158,18 +166,22 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], const
         grid: number of programs, up to three dimensions.
         arguments: tensors, ints, floats, or None for a pointer that is not there.
         constants: compile-time values.
-        config: its ``num_warps`` and ``num_stages`` are used.
+        config: its warps, stages and registers are used.
     """
-    recording = _RECORDING.get()
-    if recording is not None:
-        recording.variants.append(describe(kernel, arguments, constants, config))
+    if _recording is not None:
+        _recording.variants.append(describe(kernel, arguments, constants, config))
         return
     if aot.installed():
         device = next(value.device for value in arguments if isinstance(value, Tensor))
-        image = (
-            aot.find(describe(kernel, arguments, constants, config), architecture_of(device)) if device.type == "cuda" else None
-        )
-        if image is not None:
-            image.launch(grid, [value for value in arguments if value is not None], device)
-            return
-    kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        if device.type == "cuda":
+            image = aot.find(describe(kernel, arguments, constants, config), architecture_of(device))
+            if image is not None:
+                image.launch(grid, [value for value in arguments if value is not None], device)
+                return
+    kernel[grid](*arguments, **constants, **options(config.num_warps, config.num_stages, config.max_registers))
+
+
+def options(num_warps: int, num_stages: int, max_registers: int, *, nvidia: bool = not torch.version.hip) -> dict[str, int]:
+    """Triton's names of the launch options; AMD's compiler has none for registers."""
+    limit = {"maxnreg": max_registers} if max_registers and nvidia else {}
+    return {"num_warps": num_warps, "num_stages": num_stages, **limit}

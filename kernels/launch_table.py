@@ -1,8 +1,9 @@
 """Which tile shape a kernel is launched with: a table, made by ``python -m bench.tune``, and its lookup.
 
 ``launch_table.csv`` has one row per (kernel, architecture, precision, padded head width, number of tokens up to which it
-holds). Architecture ``any`` serves every device that has no rows of its own. ``basis`` says where a row comes from: the
-largest tile of the tuner's candidates that compiles without spills, or a measurement on a named device.
+holds); a kernel's launches with a handful of queries are ``…_few``. Architecture ``any`` serves every device that has no rows
+of its own. ``basis`` says where a row comes from: the first of the tuner's candidates that compiles without spills, or a
+measurement on a named device.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ UNBOUNDED = 1 << 62
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile of queries × keys, and how many warps and pipeline stages work on it."""
+    """Tile of queries × keys, how many warps and pipeline stages work on it, and how many registers a thread may have.
+
+    Left alone (``max_registers`` 0), NVIDIA's assembler sometimes spills a few bytes for the sake of occupancy.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,13 @@ class TableRow:
     block_n: str
     num_warps: str
     num_stages: str
+    max_registers: str
     basis: str
 
     @property
     def config(self) -> TileConfig:
         """The tile shape."""
-        return TileConfig(int(self.block_m), int(self.block_n), int(self.num_warps), int(self.num_stages))
+        return TileConfig(*(int(getattr(self, field.name)) for field in fields(TileConfig)))
 
 
 def read_table(path: Path = TABLE) -> list[TableRow]:

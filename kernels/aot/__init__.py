@@ -41,7 +41,7 @@ def installed() -> bool:
 
 def find(variant: KernelVariant, architecture: str) -> LoadedImage | None:
     """The image that can run a launch; None where Triton has to compile."""
-    key = (variant.kernel, variant.types, variant.constants, variant.num_warps, variant.num_stages)
+    key = (variant.kernel, variant.types, variant.constants, variant.num_warps, variant.num_stages, variant.max_registers)
     for loaded in _images(architecture).get(key, ()):
         if variant.divisible.issuperset(loaded.image.divisible):
             return loaded

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..launch import KernelVariant, recorded_launches
+from ..launch import KernelVariant, options, recorded_launches
 from ..shipped_variants import record_shipped_launches
 from .manifest import Image, Manifest, digest
 from .resources import resources_of
@@ -50,9 +50,9 @@ def compile_variant(variant: KernelVariant, architecture: str) -> Any:
         constexprs={(position[name],): value for name, value in variant.constants},
         attrs={(position[name],): [["tt.divisibility", 16]] for name in sorted(variant.divisible)},
     )
-    return triton.compile(
-        source, target=target_of(architecture), options={"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    )
+    target = target_of(architecture)
+    chosen = options(variant.num_warps, variant.num_stages, variant.max_registers, nvidia=target.backend == "cuda")
+    return triton.compile(source, target=target, options=chosen)
 
 
 def shipped_variants(architecture: str, dtypes: list[str], head_dims: list[int], kernels: str = "") -> list[KernelVariant]:
@@ -87,6 +87,7 @@ def build_image(variant: KernelVariant, architecture: str, folder: Path, stem: s
         constants=variant.constants,
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
+        max_registers=variant.max_registers,
         trailing_pointers=_parameters(compiled.asm[assembly], assembly) - len(variant.types),
         shared_bytes=found.shared_bytes,
         registers=found.registers,
@@ -147,14 +148,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--kernels", default="", metavar="PATTERN", help="only kernels whose name matches")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set: expected a process that compiles kernels, received one that interprets them")
     started = time.perf_counter()
-    manifest = compile_all(options.architecture, options.output, options.dtypes, options.head_dims, options.kernels, options.jobs)
-    size = sum(file.stat().st_size for file in options.output.glob("*") if file.suffix in (".cubin", ".hsaco"))
+    manifest = compile_all(asked.architecture, asked.output, asked.dtypes, asked.head_dims, asked.kernels, asked.jobs)
+    size = sum(file.stat().st_size for file in asked.output.glob("*") if file.suffix in (".cubin", ".hsaco"))
     print(
-        f"{options.architecture}: {len(manifest.images)} images, {size / 2**20:.1f} MiB, {time.perf_counter() - started:.0f} s",
+        f"{asked.architecture}: {len(manifest.images)} images, {size / 2**20:.1f} MiB, {time.perf_counter() - started:.0f} s",
         file=sys.stderr,
     )
 

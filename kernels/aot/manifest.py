@@ -20,7 +20,7 @@ class Image:
         file: name of the image beside the manifest; PTX or AMD assembly has the same stem.
         sha256: of the image.
         symbol: the kernel's name inside the image.
-        kernel, types, divisible, constants, num_warps, num_stages: the variant, see ``launch.KernelVariant``.
+        kernel, types, divisible, constants, num_warps, num_stages, max_registers: the variant, see ``launch.KernelVariant``.
         trailing_pointers: scratch pointers that Triton's calling convention appends; always null here.
         shared_bytes: shared memory of one program.
         registers, spilled_bytes: of one thread; spilled to local memory, loads and stores counted by the stack frame.
@@ -37,6 +37,7 @@ class Image:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    max_registers: int
     trailing_pointers: int
     shared_bytes: int
     registers: int
@@ -47,7 +48,7 @@ class Image:
     @property
     def key(self) -> tuple[Any, ...]:
         """What a launch must equal; its divisible arguments must include ``divisible``."""
-        return self.kernel, self.types, self.constants, self.num_warps, self.num_stages
+        return self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.max_registers
 
 
 @dataclass(frozen=True)

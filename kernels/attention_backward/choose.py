@@ -10,7 +10,6 @@ import csv
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,8 @@ from ..launch import architecture_of
 TABLE = Path(__file__).resolve().parent / "decisions.csv"
 ONE_PASS, TWO_PASSES = "one pass", "two passes"
 
-_FORCED: ContextVar[str | None] = ContextVar("vitexplain_attention_backward", default=None)
+# Module state, not a context variable: the backward of CUDA tensors runs in a thread of its own, which has no context.
+_forced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def forced(choice: str) -> Iterator[None]:
     """Take one of the two ways whatever was measured (for measuring and testing)."""
     if choice not in (ONE_PASS, TWO_PASSES):
         raise ValueError(f"unknown choice {choice!r}: expected {ONE_PASS!r} or {TWO_PASSES!r}")
-    token = _FORCED.set(choice)
+    global _forced
+    before, _forced = _forced, choice
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        _forced = before
 
 
 def decision_architecture(device: torch.device) -> str:
@@ -73,7 +74,7 @@ def decision_architecture(device: torch.device) -> str:
 
 def one_pass_is_faster(query: Tensor, num_tokens: int) -> bool:
     """Whether ``attention_backward`` is to be used for a layer with this query (B, H, n, dh)."""
-    choice = _FORCED.get()
+    choice = _forced
     if choice is None:
         architecture = decision_architecture(query.device)
         choice = _decided(architecture, str(query.dtype).removeprefix("torch."), query.shape[-1], num_tokens)

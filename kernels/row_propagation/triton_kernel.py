@@ -34,6 +34,7 @@ from ..triton_common import (
     splits_to_fill,
     strides,
     weighed,
+    weighed_tile,
     with_unit_last_stride,
 )
 
@@ -136,27 +137,17 @@ def many_rows_kernel(
         for head in range(num_heads):
             i_h = tl.cast(head, tl.int64)
             i_bh = i_b * num_heads + i_h
-            b_map = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            b_grad = b_map
-            if USE_MAP:
-                p_query = query + i_b * stride_query_batch + i_h * stride_query_head
-                p_key = key + i_b * stride_key_batch + i_h * stride_key_head
-                p_logsumexp = logsumexp + i_b * stride_logsumexp_batch + i_h * stride_logsumexp_head
-                b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-                b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-                b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
-                b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
-                if MASK != "none":
-                    p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head
-                    b_scores += mask_tile(p_mask, stride_mask_query, stride_mask_key, o_m, o_n, m_m, m_n, MASK)
-                b_map = probabilities(b_scores, b_lse[:, None], MASK)
-            if USE_GRAD:
-                p_grad_out = grad_out + i_b * stride_grad_batch + i_h * stride_grad_head
-                p_value = value + i_b * stride_value_batch + i_h * stride_value_head
-                b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-                b_value = load_head(p_value, stride_value_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-                b_grad = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-            b_phi = weighed(b_map, b_grad, PHI)
+            b_phi = weighed_tile(
+                query, key, value, grad_out, logsumexp, mask,
+                stride_query_batch, stride_query_head, stride_query_token,
+                stride_key_batch, stride_key_head, stride_key_token,
+                stride_value_batch, stride_value_head, stride_value_token,
+                stride_grad_batch, stride_grad_head, stride_grad_token,
+                stride_logsumexp_batch, stride_logsumexp_head,
+                stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_key,
+                i_b, i_h, o_m, m_m, o_n, m_n, scale_log2,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PHI, USE_MAP, USE_GRAD, MASK, PRECISION,
+            )  # fmt: skip
             if token_weights is not None:
                 b_phi *= tl.load(token_weights + i_bh * num_keys + o_n, mask=m_n, other=0.0)[None, :]
             if head_weights is not None:
@@ -243,11 +234,9 @@ class _Inputs:
         self.mask = mask
 
     def config(self, kernel: str) -> TileConfig:
-        """From the launch table; a handful of query rows (a class-token head's last block) gets the smallest tile."""
-        config = tile_config(kernel, self.source, padded_head_dim(self.head_dim), self.num_keys)
-        if self.num_queries <= SMALLEST_PRODUCT:
-            return TileConfig(SMALLEST_PRODUCT, config.block_n, config.num_warps, config.num_stages)
-        return config
+        """From the launch table; a handful of query rows (a class-token head's last block) has rows of its own there."""
+        name = f"{kernel}_few" if self.num_queries <= SMALLEST_PRODUCT else kernel
+        return tile_config(name, self.source, padded_head_dim(self.head_dim), self.num_keys)
 
     def pointers(self) -> tuple[Tensor | None, ...]:
         """In the kernels' order."""

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, tile_config
 from ..triton_common import check_dtype, dot_precision, load_tokens, padded_head_dim, with_unit_last_stride
-from .common import BLOCK_TOKENS, BLOCK_WIDTH, ROWWISE, normalise, unnormalised_weight
+from .common import normalise, unnormalised_weight
 
 BLOCK_COLUMNS = 32
 
@@ -67,7 +67,9 @@ def launch_heads(
     check_dtype(tokens)
     tokens, value, projection = map(with_unit_last_stride, (tokens, value, projection))
     batch, heads, num_tokens, head_dim = value.shape
-    blocks, block_d = triton.cdiv(num_tokens, BLOCK_TOKENS), padded_head_dim(head_dim)
+    block_d = padded_head_dim(head_dim)
+    config = tile_config("attention_token_transformation", tokens, block_d, num_tokens)
+    blocks = triton.cdiv(num_tokens, config.block_m)
     weights = torch.empty(batch, heads, num_tokens, dtype=torch.float32, device=tokens.device)
     partial_sums = torch.empty(batch, heads, blocks, dtype=torch.float32, device=tokens.device) if necc else None
     arguments = (
@@ -75,11 +77,11 @@ def launch_heads(
         *tokens.stride()[:2], *value.stride()[:3], *projection.stride()[:3], heads, num_tokens, tokens.shape[2],
     )  # fmt: skip
     constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_T": BLOCK_TOKENS, "BLOCK_W": BLOCK_WIDTH,
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_T": config.block_m, "BLOCK_W": config.block_n,
         "BLOCK_C": min(BLOCK_COLUMNS, block_d), "LENGTH": length, "NECC": necc,
         "SPLIT_GRAM": value.dtype != torch.float32, "PRECISION": dot_precision(value.dtype),
     }  # fmt: skip
-    launch(attention_token_transformation_kernel, (blocks, batch), arguments, constants, ROWWISE)
+    launch(attention_token_transformation_kernel, (blocks, batch), arguments, constants, config)
     if necc:
         normalise(weights, partial_sums, necc_scale)
     return weights

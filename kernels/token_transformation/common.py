@@ -9,9 +9,7 @@ from torch import Tensor
 from ..launch import launch
 from ..launch_table import TileConfig
 
-BLOCK_TOKENS = 32
-BLOCK_WIDTH = 128
-ROWWISE = TileConfig(BLOCK_TOKENS, BLOCK_WIDTH, 4, 2)
+NORMALISE = TileConfig(block_m=256, block_n=64, num_warps=4, num_stages=2)  # tokens and partial sums at a time
 TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -43,7 +41,7 @@ def normalise_kernel(weights, partial_sums, num_tokens, num_blocks, necc_scale, 
 
 def normalise(weights: Tensor, partial_sums: Tensor, necc_scale: float) -> None:
     """Divide, in place, by the sum of exponentials over all tokens: (…, n) by (…, blocks)."""
-    num_tokens, num_blocks, block_t = weights.shape[-1], partial_sums.shape[-1], 256
-    grid = (triton.cdiv(num_tokens, block_t), weights.numel() // num_tokens)
+    num_tokens, num_blocks = weights.shape[-1], partial_sums.shape[-1]
+    grid = (triton.cdiv(num_tokens, NORMALISE.block_m), weights.numel() // num_tokens)
     arguments = (weights, partial_sums, num_tokens, num_blocks, float(necc_scale))
-    launch(normalise_kernel, grid, arguments, {"BLOCK_T": block_t, "BLOCK_S": 64}, ROWWISE)
+    launch(normalise_kernel, grid, arguments, {"BLOCK_T": NORMALISE.block_m, "BLOCK_S": NORMALISE.block_n}, NORMALISE)

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import launch, tile_config
 from ..triton_common import check_dtype, load_tokens, strides, with_unit_last_stride
-from .common import BLOCK_TOKENS, BLOCK_WIDTH, ROWWISE, normalise, unnormalised_weight
+from .common import normalise, unnormalised_weight
+
+ANY_WIDTH = 128  # the launch table's column for head widths, which this kernel does not have
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_dims"])
@@ -56,7 +58,8 @@ def launch_tokens(
     check_dtype(tokens)
     tokens, branch, transformed = map(with_unit_last_stride, (tokens, branch, transformed))
     batch, num_tokens, width = tokens.shape
-    blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
+    config = tile_config("token_transformation", tokens, ANY_WIDTH, num_tokens)
+    blocks = triton.cdiv(num_tokens, config.block_m)
     weights = torch.empty(batch, num_tokens, dtype=torch.float32, device=tokens.device)
     partial_sums = torch.empty(batch, blocks, dtype=torch.float32, device=tokens.device) if necc else None
     summed = None if branch is None else torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
@@ -64,8 +67,8 @@ def launch_tokens(
         tokens, branch, transformed, weights, partial_sums, summed,
         *strides(tokens, 2), *strides(branch, 2), *strides(transformed, 2), num_tokens, width,
     )  # fmt: skip
-    constants = {"BLOCK_T": BLOCK_TOKENS, "BLOCK_W": BLOCK_WIDTH, "LENGTH": length, "NECC": necc}
-    launch(token_transformation_kernel, (blocks, batch), arguments, constants, ROWWISE)
+    constants = {"BLOCK_T": config.block_m, "BLOCK_W": config.block_n, "LENGTH": length, "NECC": necc}
+    launch(token_transformation_kernel, (blocks, batch), arguments, constants, config)
     if necc:
         normalise(weights, partial_sums, necc_scale)
     return weights, tokens.new_empty(0) if summed is None else summed

@@ -79,7 +79,8 @@ def _image(**changes: object) -> Image:
     image = Image(
         file="a.cubin", sha256="", symbol="single_row_kernel", kernel="single_row_kernel",
         types=(("query", "*bf16"), ("num_keys", "i32"), ("scale_log2", "fp32"), ("stride_query_batch", "i64")),
-        divisible=("query",), constants=(("BLOCK_M", 64), ("BLOCK_N", 64)), num_warps=4, num_stages=2, trailing_pointers=2,
+        divisible=("query",), constants=(("BLOCK_M", 64), ("BLOCK_N", 64)), num_warps=4, num_stages=2,
+        max_registers=0, trailing_pointers=2,
         shared_bytes=1024, registers=100, spilled_bytes=0, instructions={"HGMMA": 8}, seconds=1.0,
     )  # fmt: skip
     return dataclasses.replace(image, **changes)
@@ -245,6 +246,7 @@ def test_images_are_found_by_what_a_launch_needs(images, monkeypatch) -> None:
     assert aot.find(variant, "80") is None, "no images of this architecture"
     others = (
         dataclasses.replace(variant, num_warps=16),
+        dataclasses.replace(variant, max_registers=99),
         dataclasses.replace(variant, types=variant.types[1:]),
         dataclasses.replace(variant, constants=(*variant.constants, ("MASK", "boolean"))),
         dataclasses.replace(variant, divisible=variant.divisible - {"query"}),
@@ -369,4 +371,4 @@ def test_everything_that_an_explanation_launches_is_shipped(monkeypatch, pooling
 
 
 def _key(variant) -> tuple:
-    return variant.kernel, variant.types, variant.constants, variant.num_warps, variant.num_stages
+    return variant.kernel, variant.types, variant.constants, variant.num_warps, variant.num_stages, variant.max_registers

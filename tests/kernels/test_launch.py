@@ -13,9 +13,13 @@ from vitexplain.kernels.launch_table import TableRow, TileConfig, looked_up, rea
 
 from .reference import attention_inputs
 
-KERNELS = ("single_row", "many_rows", "attention_backward", "contribution_map")
+WIDTHS = (16, 32, 64, 128, 256)
+HEAD_DIMS = {
+    **dict.fromkeys(("single_row", "single_row_few", "many_rows", "many_rows_few", "attention_backward"), WIDTHS),
+    **dict.fromkeys(("contribution_map", "attention_token_transformation"), WIDTHS),
+    "token_transformation": (128,),
+}
 PRECISIONS = ("half", "tf32", "ieee")
-HEAD_DIMS = (16, 32, 64, 128, 256)
 needs_triton = pytest.mark.skipif(
     interpreting(), reason="launches are recorded of compiled kernels, which the interpreter has not"
 )
@@ -23,9 +27,9 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.mark.parametrize("architecture", ["80", "89", "90", "100", "120", "gfx942", "any"])
 def test_the_table_serves_every_kernel_on_every_architecture(architecture: str) -> None:
-    for kernel in KERNELS:
+    for kernel, head_dims in HEAD_DIMS.items():
         for precision in PRECISIONS:
-            for head_dim in HEAD_DIMS:
+            for head_dim in head_dims:
                 for num_tokens in (1, 197, 16385):
                     config = looked_up(kernel, architecture, precision, head_dim, num_tokens)
                     assert min(config.block_m, config.block_n) >= 16
@@ -35,7 +39,7 @@ def test_the_table_serves_every_kernel_on_every_architecture(architecture: str) 
 
 def test_a_row_serves_up_to_its_number_of_tokens(tmp_path, monkeypatch) -> None:
     def row(architecture: str, tokens: str, block_m: int) -> TableRow:
-        return TableRow("single_row", architecture, "half", "64", tokens, str(block_m), "64", "4", "2", "a test")
+        return TableRow("single_row", architecture, "half", "64", tokens, str(block_m), "64", "4", "2", "0", "a test")
 
     rows = [row("90", "any", 128), row("90", "300", 32), row("any", "any", 16)]
     write_table(rows, tmp_path / "table.csv")
@@ -62,14 +66,14 @@ def test_recorded_launches_run_nothing_and_say_what_would_run() -> None:
     from vitexplain.kernels.row_propagation.triton_kernel import launch_rows
 
     inputs = attention_inputs(33, 64, torch.float16)
-    with recorded_launches("90") as variants, forced_config(TileConfig(64, 32, 8, 3)):
+    with recorded_launches("90") as variants, forced_config(TileConfig(64, 32, 8, 3, 168)):
         launch_rows(
             inputs.query, inputs.key, None, None, inputs.logsumexp, inputs.rows, None, None, None, inputs.scale, 1.0, 0.0, "p"
         )
     (variant,) = variants
     types, constants = dict(variant.types), dict(variant.constants)
     assert variant.kernel == "single_row_kernel"
-    assert (variant.num_warps, variant.num_stages) == (8, 3)
+    assert (variant.num_warps, variant.num_stages, variant.max_registers) == (8, 3, 168)
     assert (types["query"], types["logsumexp"], types["num_keys"], types["scale_log2"]) == ("*fp16", "*fp32", "i32", "fp32")
     assert constants["value"] is None
     assert (constants["BLOCK_M"], constants["BLOCK_N"], constants["PHI"]) == (64, 32, "p")
