@@ -171,13 +171,19 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], const
     if _recording is not None:
         _recording.variants.append(describe(kernel, arguments, constants, config))
         return
-    if aot.installed():
-        device = next(value.device for value in arguments if isinstance(value, Tensor))
-        if device.type == "cuda":
-            image = aot.find(describe(kernel, arguments, constants, config), architecture_of(device))
-            if image is not None:
-                image.launch(grid, [value for value in arguments if value is not None], device)
-                return
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    if device.type != "cuda":  # in the interpreter
+        _launch_by_triton(kernel, grid, arguments, constants, config)
+        return
+    with torch.cuda.device(device):
+        image = aot.find(describe(kernel, arguments, constants, config), architecture_of(device)) if aot.installed() else None
+        if image is not None:
+            image.launch(grid, [value for value in arguments if value is not None])
+        else:
+            _launch_by_triton(kernel, grid, arguments, constants, config)
+
+
+def _launch_by_triton(kernel: Any, grid: Any, arguments: Any, constants: dict[str, Any], config: TileConfig) -> None:
     kernel[grid](*arguments, **constants, **options(config.num_warps, config.num_stages, config.max_registers))
 
 

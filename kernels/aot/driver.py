@@ -44,28 +44,26 @@ class LoadedImage:
         self._kinds = [kind for _, kind in image.types]
         self._functions: dict[int, ctypes.c_void_p] = {}
 
-    def launch(self, grid: tuple[int, ...], arguments: list[Any], device: torch.device) -> None:
-        """Run the kernel on torch's current stream.
+    def launch(self, grid: tuple[int, ...], arguments: list[Any]) -> None:
+        """Run the kernel on torch's current device and stream.
 
         Args:
             grid: number of programs, up to three dimensions.
             arguments: values of ``image.types``, in order.
-            device: where the tensors live.
 
         Raises:
             DriverError: the driver refused to load or launch.
         """
-        with torch.cuda.device(device):
-            function = self._function(torch.cuda.current_device())
-            stream = torch.cuda.current_stream().cuda_stream
-            values = [_c_value(kind, value) for kind, value in zip(self._kinds, arguments, strict=True)]
-            values += [ctypes.c_uint64(0)] * self.image.trailing_pointers
-            pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            blocks = (*grid, 1, 1)[:3]
-            _call(
-                "cuLaunchKernel", function, *blocks, WARP * self.image.num_warps, 1, 1, self.image.shared_bytes,
-                ctypes.c_void_p(stream), pointers, None,
-            )  # fmt: skip
+        function = self._function(torch.cuda.current_device())
+        stream = torch.cuda.current_stream().cuda_stream
+        values = [_c_value(kind, value) for kind, value in zip(self._kinds, arguments, strict=True)]
+        values += [ctypes.c_uint64(0)] * self.image.trailing_pointers
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        blocks = (*grid, 1, 1)[:3]
+        _call(
+            "cuLaunchKernel", function, *blocks, WARP * self.image.num_warps, 1, 1, self.image.shared_bytes,
+            ctypes.c_void_p(stream), pointers, None,
+        )  # fmt: skip
 
     def _function(self, index: int) -> ctypes.c_void_p:
         if index not in self._functions:

@@ -23,12 +23,14 @@ pytest.importorskip("triton", reason="needs triton, which this platform has no w
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreting and compiling cannot share a process")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CMAKE, CTEST = (shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent)) for name in ("cmake", "ctest"))
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake, which is not installed")
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
     """A CMake build of a few kernels for one architecture."""
-    if shutil.which("cmake") is None:
+    if CMAKE is None:
         pytest.skip("needs cmake, which is not installed")
     folder = tmp_path_factory.mktemp("build")
     options = {
@@ -36,7 +38,7 @@ def build(tmp_path_factory) -> Path:
         "VITEXPLAIN_KERNELS": "single_row|token|normalise", "VITEXPLAIN_JOBS": "1", "Python_EXECUTABLE": sys.executable,
     }  # fmt: skip
     defines = [f"-D{name}={value}" for name, value in options.items()]
-    for command in (["cmake", "-S", str(ROOT), "-B", str(folder), *defines], ["cmake", "--build", str(folder)]):
+    for command in ([CMAKE, "-S", str(ROOT), "-B", str(folder), *defines], [CMAKE, "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -68,10 +70,10 @@ def test_a_build_has_every_variant_that_its_kernels_launch(build) -> None:
 
 
 def test_the_builds_own_tests_hold_the_budgets(build) -> None:
-    done = subprocess.run(["ctest", "--test-dir", str(build), "-R", "budgets", "--verbose"], capture_output=True, text=True)
+    done = subprocess.run([CTEST, "--test-dir", str(build), "-R", "budgets", "--verbose"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "kernels within budget for 90" in done.stdout
-    listed = subprocess.run(["ctest", "--test-dir", str(build), "-N"], capture_output=True, text=True).stdout
+    listed = subprocess.run([CTEST, "--test-dir", str(build), "-N"], capture_output=True, text=True).stdout
     assert "interpreter" in listed
 
 
@@ -150,10 +152,8 @@ class FakeDriver:
 @pytest.fixture
 def cuda_on_a_cpu(monkeypatch) -> None:
     """torch's notion of a current device and stream, without one."""
-    import contextlib
     import types
 
-    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=77))
 
@@ -169,7 +169,7 @@ def test_a_launch_hands_the_driver_what_triton_would(monkeypatch, tmp_path) -> N
     loaded = driver.LoadedImage(_image(shared_bytes=64 << 10), tmp_path)
     tensor = torch.zeros(4)[1:]
     for _ in range(2):
-        loaded.launch((3, 2), [tensor, 197, 0.5, 2**40], torch.device("cuda:0"))
+        loaded.launch((3, 2), [tensor, 197, 0.5, 2**40])
     names = [call[0] for call in fake.calls]
     assert names == ["cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel", "cuLaunchKernel"]
     assert fake.calls[0][1] == b"image"
@@ -188,7 +188,7 @@ def test_a_refusal_of_the_driver_is_raised_with_its_name(monkeypatch, tmp_path, 
     monkeypatch.setattr(driver, "driver", lambda: fake)
     loaded = driver.LoadedImage(_image(), tmp_path)
     with pytest.raises(driver.DriverError, match=rf"{call}: the CUDA driver returned 2 \(CUDA_ERROR_OUT_OF_MEMORY\)"):
-        loaded.launch((1,), [torch.zeros(1), 1, 1.0, 1], torch.device("cuda:0"))
+        loaded.launch((1,), [torch.zeros(1), 1, 1.0, 1])
 
 
 def test_a_real_shared_library_receives_the_arguments(tmp_path, monkeypatch) -> None:
@@ -221,12 +221,11 @@ def test_a_real_shared_library_receives_the_arguments(tmp_path, monkeypatch) -> 
     fake = ctypes.CDLL(str(library))
     fake.the_pointer.restype, fake.the_real.restype, fake.the_wide.restype = ctypes.c_uint64, ctypes.c_float, ctypes.c_int64
     monkeypatch.setattr(driver, "driver", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "device", lambda _device: warnings.catch_warnings())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: type("Stream", (), {"cuda_stream": 0}))
     (tmp_path / "a.cubin").write_bytes(b"image")
     tensor = torch.zeros(4)
-    driver.LoadedImage(_image(), tmp_path).launch((5, 6, 7), [tensor, -3, 1.5, 2**40], torch.device("cuda:0"))
+    driver.LoadedImage(_image(), tmp_path).launch((5, 6, 7), [tensor, -3, 1.5, 2**40])
     assert [fake.number(i) for i in range(7)] == [5, 6, 7, 128, 1, 1, 1024]
     assert (fake.the_pointer(), fake.the_integer(), fake.the_real(), fake.the_wide()) == (tensor.data_ptr(), -3, 1.5, 2**40)
 
@@ -327,15 +326,14 @@ def test_a_damaged_set_is_told_once_and_left_alone(images, monkeypatch, name: st
         assert aot.find(variant, "90") is None
 
 
+@needs_cmake
 def test_the_build_says_what_is_missing(tmp_path) -> None:
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake, which is not installed")
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in *triton*) echo "No module named triton" >&2; exit 1;; esac\nexec {sys.executable} "$@"\n'
     )
     python.chmod(0o755)
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DVITEXPLAIN_AOT=ON", f"-DPython_EXECUTABLE={python}"]
+    command = [CMAKE, "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DVITEXPLAIN_AOT=ON", f"-DPython_EXECUTABLE={python}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "expected torch and triton in the environment" in done.stderr

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import vitexplain
 from vitexplain.kernels import (
     PHIS,
+    aot,
     attention_backward,
     attention_token_transformation,
     contribution_map,
     head_norms,
+    launch,
     row_propagation,
     row_propagation_by_head,
     token_transformation,
@@ -187,6 +193,31 @@ def test_a_whole_explanation_can_be_captured_in_a_graph(shape: str, passes: str)
             graph.replay()
             for name in methods:
                 assert relative_error(captured[name].maps, expected[name].maps) < 1e-3, name
+
+
+@pytest.mark.parametrize("passes", ["one pass", "two passes"])
+def test_images_compiled_ahead_of_time_change_nothing_and_leave_nothing_to_compile(tmp_path, monkeypatch, passes: str) -> None:
+    architecture = launch.architecture_of(torch.device("cuda", torch.cuda.current_device()))
+    build = ["-m", "kernels.aot.compile", "--architecture", architecture, "--output", str(tmp_path / architecture)]
+    root = Path(__file__).resolve().parent.parent.parent
+    subprocess.run([sys.executable, *build, "--dtypes", "bfloat16", "--head-dims", "64"], check=True, cwd=root)
+    model = build_model(embed_dim=128, num_heads=2).to("cuda", torch.bfloat16)
+    images = images_for(model, 3).to("cuda", torch.bfloat16)
+    methods = [info.name for info in vitexplain.methods()]
+    with forced(passes):
+        compiled_by_triton = vitexplain.explain(model, images, method=methods)
+        monkeypatch.setenv("VITEXPLAIN_AOT_IMAGES", str(tmp_path))
+        monkeypatch.setattr(launch, "_launch_by_triton", lambda kernel, *_: pytest.fail(f"compiled at run time: {kernel}"))
+        for cached in (aot.images_folder, aot._images):
+            cached.cache_clear()
+        try:
+            from_images = vitexplain.explain(model, images, method=methods)
+        finally:
+            monkeypatch.undo()
+            for cached in (aot.images_folder, aot._images):
+                cached.cache_clear()
+    for name in methods:
+        assert relative_error(from_images[name].maps, compiled_by_triton[name].maps) < 1e-6, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
