@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import overload
 
 import torch
 import triton
@@ -25,6 +26,10 @@ def padded_head_dim(head_dim: int) -> int:
     return max(SMALLEST_PRODUCT, triton.next_power_of_2(head_dim))
 
 
+@overload
+def with_unit_last_stride(tensor: Tensor) -> Tensor: ...
+@overload
+def with_unit_last_stride(tensor: None) -> None: ...
 def with_unit_last_stride(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself where its last dimension is contiguous (packed qkv views are), else a contiguous copy."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

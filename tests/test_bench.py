@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -119,3 +121,16 @@ def test_the_tuner_takes_the_first_candidate_that_does_not_spill(monkeypatch) ->
     monkeypatch.setitem(tune.CANDIDATES, "half", (spilling,))
     assert tune.compiled_row(task).basis.startswith("spills ")
     assert tune._bounds() == ("337", "769", "2049", "any")
+
+
+def test_a_few_spilled_bytes_are_forbidden_before_a_smaller_tile_is_taken(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="needs triton, which this platform has no wheel for")
+    first, second = tune.CANDIDATES["half"][:2]
+    task = tune.Task("single_row", "90", "half", 64)
+    monkeypatch.setattr(tune, "_spilled_bytes", lambda _task, config: 0 if config.max_registers else 8)
+    assert tune.compiled_row(task).config == dataclasses.replace(first, max_registers=255)
+    monkeypatch.setattr(tune, "_spilled_bytes", lambda _task, config: 0 if config == second else 800)
+    assert tune.compiled_row(task).config == second
+    monkeypatch.setattr(tune, "_spilled_bytes", lambda _task, config: None)
+    with pytest.raises(SystemExit, match="no candidate compiles within the shared memory"):
+        tune.compiled_row(task)

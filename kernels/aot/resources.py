@@ -58,14 +58,21 @@ def _nvidia(compiled: Any, architecture: str) -> Resources:
         image.flush()
         usage = _cuobjdump("--dump-resource-usage", image.name)
         instructions = _counted(_cuobjdump("-sass", image.name))
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
     return Resources(architecture, registers, stack, compiled.metadata.shared, instructions)
 
 
 def _amd(compiled: Any, architecture: str) -> Resources:
     text = compiled.asm["amdgcn"]
-    registers, scratch = (int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))
+    registers, scratch = (_number(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "private_segment_fixed_size"))
     return Resources(architecture, registers, scratch, compiled.metadata.shared, _counted(text))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"expected {pattern!r} in what the tool says of the kernel, received {text[:500]!r}")
+    return int(found[1])
 
 
 def _counted(assembly: str) -> dict[str, int]:

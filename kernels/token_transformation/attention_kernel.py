@@ -82,6 +82,6 @@ def launch_heads(
         "SPLIT_GRAM": value.dtype != torch.float32, "PRECISION": dot_precision(value.dtype),
     }  # fmt: skip
     launch(attention_token_transformation_kernel, (blocks, batch), arguments, constants, config)
-    if necc:
+    if partial_sums is not None:
         normalise(weights, partial_sums, necc_scale)
     return weights

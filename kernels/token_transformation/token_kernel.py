@@ -69,6 +69,6 @@ def launch_tokens(
     )  # fmt: skip
     constants = {"BLOCK_T": config.block_m, "BLOCK_W": config.block_n, "LENGTH": length, "NECC": necc}
     launch(token_transformation_kernel, (blocks, batch), arguments, constants, config)
-    if necc:
+    if partial_sums is not None:
         normalise(weights, partial_sums, necc_scale)
     return weights, tokens.new_empty(0) if summed is None else summed
