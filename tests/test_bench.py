@@ -131,6 +131,6 @@ def test_a_few_spilled_bytes_are_forbidden_before_a_smaller_tile_is_taken(monkey
     assert tune.compiled_row(task).config == dataclasses.replace(first, max_registers=255)
     monkeypatch.setattr(tune, "_spilled_bytes", lambda _task, config: 0 if config == second else 800)
     assert tune.compiled_row(task).config == second
-    monkeypatch.setattr(tune, "_spilled_bytes", lambda _task, config: None)
+    monkeypatch.setattr(tune, "_spilled_bytes", lambda *_: None)
     with pytest.raises(SystemExit, match="no candidate compiles within the shared memory"):
         tune.compiled_row(task)
