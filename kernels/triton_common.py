@@ -136,37 +136,50 @@ def weighed(b_probabilities, b_grad, PHI: tl.constexpr):
 
 
 @triton.jit
-def weighed_tile(
-    query, key, value, grad_out, logsumexp, mask,
+def averaged_tile(
+    query, key, value, grad_out, logsumexp, mask, head_weights, token_weights,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token,
     stride_value_batch, stride_value_head, stride_value_token,
     stride_grad_batch, stride_grad_head, stride_grad_token,
     stride_logsumexp_batch, stride_logsumexp_head,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_key,
-    i_b, i_h, o_m, m_m, o_n, m_n, scale_log2,
+    i_b, o_m, m_m, o_n, m_n, num_heads, num_keys, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PHI: tl.constexpr, USE_MAP: tl.constexpr, USE_GRAD: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """φ(P, G) of one image's head, queries × keys, (BLOCK_M, BLOCK_N) float32; rows beyond the last query are zero."""
-    b_map = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    b_grad = b_map
-    if USE_MAP:
-        p_query = query + i_b * stride_query_batch + i_h * stride_query_head
-        p_key = key + i_b * stride_key_batch + i_h * stride_key_head
-        p_logsumexp = logsumexp + i_b * stride_logsumexp_batch + i_h * stride_logsumexp_head
-        b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-        b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
-        b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
-        if MASK != "none":
-            p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head
-            b_scores += mask_tile(p_mask, stride_mask_query, stride_mask_key, o_m, o_n, m_m, m_n, MASK)
-        b_map = probabilities(b_scores, b_lse[:, None], MASK)
-    if USE_GRAD:
-        p_value = value + i_b * stride_value_batch + i_h * stride_value_head
-        p_grad_out = grad_out + i_b * stride_grad_batch + i_h * stride_grad_head
-        b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-        b_value = load_head(p_value, stride_value_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-        b_grad = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    return weighed(b_map, b_grad, PHI)
+    """Σ_h w_h c_h[j] φ(P_h, G_h)[i, j] of one image, queries × keys, (BLOCK_M, BLOCK_N) float32.
+
+    Rows beyond the last query are zero; columns beyond the last key may hold anything.
+    """
+    b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for head in range(num_heads):
+        i_h = tl.cast(head, tl.int64)
+        i_bh = i_b * num_heads + i_h
+        b_map = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        b_grad = b_map
+        if USE_MAP:
+            p_query = query + i_b * stride_query_batch + i_h * stride_query_head
+            p_key = key + i_b * stride_key_batch + i_h * stride_key_head
+            p_logsumexp = logsumexp + i_b * stride_logsumexp_batch + i_h * stride_logsumexp_head
+            b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+            b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
+            if MASK != "none":
+                p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head
+                b_scores += mask_tile(p_mask, stride_mask_query, stride_mask_key, o_m, o_n, m_m, m_n, MASK)
+            b_map = probabilities(b_scores, b_lse[:, None], MASK)
+        if USE_GRAD:
+            p_value = value + i_b * stride_value_batch + i_h * stride_value_head
+            p_grad_out = grad_out + i_b * stride_grad_batch + i_h * stride_grad_head
+            b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
+            b_value = load_head(p_value, stride_value_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+            b_grad = tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        b_phi = weighed(b_map, b_grad, PHI)
+        if token_weights is not None:
+            b_phi *= tl.load(token_weights + i_bh * num_keys + o_n, mask=m_n, other=0.0)[None, :]
+        if head_weights is not None:
+            b_phi *= tl.load(head_weights + i_bh)
+        b_update += b_phi
+    return b_update

@@ -22,6 +22,7 @@ from ..triton_common import (
     LENGTHS,
     LOG2_E,
     SMALLEST_PRODUCT,
+    averaged_tile,
     check_dtype,
     dot_precision,
     float32_product_precision,
@@ -34,7 +35,6 @@ from ..triton_common import (
     splits_to_fill,
     strides,
     weighed,
-    weighed_tile,
     with_unit_last_stride,
 )
 
@@ -133,26 +133,17 @@ def many_rows_kernel(
     for start in range(0, num_queries, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         m_m = o_m < num_queries
-        b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for head in range(num_heads):
-            i_h = tl.cast(head, tl.int64)
-            i_bh = i_b * num_heads + i_h
-            b_phi = weighed_tile(
-                query, key, value, grad_out, logsumexp, mask,
-                stride_query_batch, stride_query_head, stride_query_token,
-                stride_key_batch, stride_key_head, stride_key_token,
-                stride_value_batch, stride_value_head, stride_value_token,
-                stride_grad_batch, stride_grad_head, stride_grad_token,
-                stride_logsumexp_batch, stride_logsumexp_head,
-                stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_key,
-                i_b, i_h, o_m, m_m, o_n, m_n, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PHI, USE_MAP, USE_GRAD, MASK, PRECISION,
-            )  # fmt: skip
-            if token_weights is not None:
-                b_phi *= tl.load(token_weights + i_bh * num_keys + o_n, mask=m_n, other=0.0)[None, :]
-            if head_weights is not None:
-                b_phi *= tl.load(head_weights + i_bh)
-            b_update += b_phi
+        b_update = averaged_tile(
+            query, key, value, grad_out, logsumexp, mask, head_weights, token_weights,
+            stride_query_batch, stride_query_head, stride_query_token,
+            stride_key_batch, stride_key_head, stride_key_token,
+            stride_value_batch, stride_value_head, stride_value_token,
+            stride_grad_batch, stride_grad_head, stride_grad_token,
+            stride_logsumexp_batch, stride_logsumexp_head,
+            stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_key,
+            i_b, o_m, m_m, o_n, m_n, num_heads, num_keys, scale_log2,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PHI, USE_MAP, USE_GRAD, MASK, PRECISION,
+        )  # fmt: skip
         p_tile = p_rows + o_k.to(tl.int64)[:, None] * stride_rows_row + o_m[None, :]
         b_rows = tl.load(p_tile, mask=m_k[:, None] & m_m[None, :], other=0.0)  # (BLOCK_K, BLOCK_M)
         b_out += tl.dot(b_rows, b_update, input_precision=ROWS_PRECISION)
