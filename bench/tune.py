@@ -32,7 +32,17 @@ from .record import environment, write_table_rows
 from .timing import samples_ms
 
 TOKENWISE = ("token_transformation", "attention_token_transformation")
-KERNELS = ("single_row", "single_row_few", "many_rows", "many_rows_few", "attention_backward", "contribution_map", *TOKENWISE)
+GRAM = "l2_head_norms"
+KERNELS = (
+    "single_row",
+    "single_row_few",
+    "many_rows",
+    "many_rows_few",
+    "attention_backward",
+    "contribution_map",
+    GRAM,
+    *TOKENWISE,
+)
 FEW = "_few"  # a handful of queries: the last block of a class-token model
 ARCHITECTURES = ("80", "89", "90", "100")
 HEAD_DIMS = (64, 128, 256)
@@ -73,6 +83,14 @@ TOKENWISE_CANDIDATES = tuple(
     TileConfig(*shape)
     for shape in ((32, 128, 4, 2), (16, 128, 4, 2), (16, 128, 4, 1), (16, 64, 4, 2), (16, 64, 8, 2), (16, 32, 4, 2))
 )
+# tokens, –, warps, stages
+GRAM_CANDIDATES = tuple(
+    TileConfig(*shape)
+    for shape in (
+        (128, 16, 4, 2), (64, 16, 4, 3), (64, 16, 4, 2), (64, 16, 8, 2), (32, 16, 4, 2), (32, 16, 4, 1), (32, 16, 8, 1),
+        (16, 16, 4, 1), (16, 16, 8, 1),
+    )
+)  # fmt: skip
 MEASURED_TOKENS = (197, 577, 1025, 4097)
 MEASURED_HEAD_DIMS = (32, 64, 128)
 
@@ -94,6 +112,8 @@ def candidates(kernel: str, precision: str) -> tuple[TileConfig, ...]:
     """In order of preference."""
     if kernel in TOKENWISE:
         return TOKENWISE_CANDIDATES
+    if kernel == GRAM:
+        return GRAM_CANDIDATES
     return FEW_CANDIDATES if kernel.endswith(FEW) else CANDIDATES[precision]
 
 
@@ -148,11 +168,11 @@ def table_row(task: Task, tokens: str, config: TileConfig, basis: str) -> TableR
     )  # fmt: skip
 
 
-def compile_table(architectures: list[str], jobs: int) -> list[TableRow]:
+def compile_table(wanted: list[str], architectures: list[str], jobs: int) -> list[TableRow]:
     """Rows for every architecture, and for ``any`` the smallest tile among them."""
     tasks = [
         Task(kernel, architecture, precision, head_dim)
-        for precision in PRECISIONS for head_dim in HEAD_DIMS for kernel in KERNELS for architecture in architectures
+        for precision in PRECISIONS for head_dim in HEAD_DIMS for kernel in wanted for architecture in architectures
         if kernel != "token_transformation" or head_dim == ANY_WIDTH
     ]  # fmt: skip
     rows = []
@@ -194,6 +214,7 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
         "many_rows_few": lambda: kernels.row_propagation(*first, layer.rows[:, :, :1], **weighed_first),
         "attention_backward": lambda: one_pass(layer),
         "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, **weighed),
+        GRAM: lambda: kernels.head_norms(layer.value, layer.grad_out, norm="l2"),
         "token_transformation": lambda: kernels.add_token_transformation(layer.tokens, layer.branch, layer.moved),
         "attention_token_transformation": lambda: kernels.attention_token_transformation(
             layer.tokens, layer.value, layer.output_weight
@@ -209,7 +230,7 @@ def one_pass(layer: Layer) -> object:
     )  # fmt: skip
 
 
-def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
+def measured_table(wanted: list[str], device: torch.device, seconds: float) -> Iterator[TableRow]:
     """Rows of this architecture: the fastest candidate at each measured length, which serves up to midway to the next."""
     where = environment(device)
     for precision, dtype in PRECISIONS.items():
@@ -219,7 +240,7 @@ def measured_table(device: torch.device, seconds: float) -> Iterator[TableRow]:
                 batch = max(1, 16384 // tokens if precision == "half" else 4096 // tokens)
                 layer = Layer(Size(batch, 12, tokens, head_dim), dtype, device)
                 for kernel, call in calls(layer).items():
-                    if kernel == "token_transformation" and head_dim != ANY_WIDTH:
+                    if kernel not in wanted or (kernel == "token_transformation" and head_dim != ANY_WIDTH):
                         continue
                     timed = {config: _time(call, config, device, seconds) for config in candidates(kernel, precision)}
                     times = {config: time for config, time in timed.items() if time is not None}
@@ -279,6 +300,7 @@ def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true", help="no GPU: choose by compiling for --architectures")
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS, help="whose rows are made")
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="SM")
     parser.add_argument("--decisions", action="store_true", help="measure one backward pass against two")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -293,13 +315,13 @@ def main() -> None:
         print(choose.TABLE)
         return
     if options.compile_only:
-        rows = compile_table(options.architectures, options.jobs)
+        rows = compile_table(options.kernels, options.architectures, options.jobs)
     elif device.type == "cuda":
-        rows = list(measured_table(device, options.seconds))
+        rows = list(measured_table(options.kernels, device, options.seconds))
     else:
         raise SystemExit("expected a CUDA device to measure on, found none (--compile-only fills the table without one)")
-    replaced = {row.architecture for row in rows}
-    write_table([*(row for row in read_table() if row.architecture not in replaced), *rows])
+    replaced = {(row.kernel, row.architecture) for row in rows}
+    write_table([*(row for row in read_table() if (row.kernel, row.architecture) not in replaced), *rows])
     print(TABLE)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention_backward.triton_kernel import launch_backward
 from .contribution_map.triton_kernel import launch_map
+from .head_norms.triton_kernel import launch_norms
 from .row_propagation.triton_kernel import launch_by_head, launch_rows
 from .token_transformation.attention_kernel import launch_heads
 from .token_transformation.token_kernel import launch_tokens
@@ -70,7 +71,9 @@ class ShippedInputs:
                     query, self.key, value, gradient, logsumexp, running, weights, token_weights, None, self.scale, 1.0, 0.0, phi
                 )
         launch_by_head(query, self.key, self.value, grad_out, logsumexp, row[:, 0], None, self.scale, "p", True)  # gmar, l1
-        launch_by_head(None, None, self.value, grad_out, None, row[:, 0], None, 1.0, "abs_g", False)  # head_norms
+        launch_by_head(None, None, self.value, grad_out, None, row[:, 0], None, 1.0, "abs_g", False)  # head_norms, l1
+        for few in (m, 1):  # gmar, l2: tokens split over programs, and not
+            launch_norms(self.value[:, :, :few], grad_out[:, :, :few])
 
     def map_launches(self) -> None:
         """The whole contribution map."""

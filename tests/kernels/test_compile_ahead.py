@@ -13,8 +13,8 @@ from vitexplain.kernels.aot.compile import build_image, shipped_variants
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreting and compiling cannot share a process")
 
 KERNELS = (
-    "single_row", "many_rows", "attention_backward", "contribution_map", "delta", "normalise", "^token_transformation",
-    "attention_token_transformation",
+    "single_row", "many_rows", "attention_backward", "contribution_map", "l2_head_norms", "delta", "normalise",
+    "^token_transformation", "attention_token_transformation",
 )  # fmt: skip
 # The build compiles everything for every architecture; here all of bfloat16, and of the others one architecture each.
 COMBINATIONS = [

@@ -54,6 +54,7 @@ def _operator_arguments() -> dict[str, tuple[object, ...]]:
             many.query, many.key, *gradient, many.logsumexp, torch.rand(2, 9, 4), *weights, many.row_factors, mask, many.scale,
             1.0, 1.0, "p_relu_g", "auto",
         ),
+        "l2_head_norms": (one.value, one.grad_out, "auto"),
         "token_transformation": (tokens, None, moved, True, True, 1.0, "auto"),
         "token_transformation.add": (tokens, branch, moved, True, True, 1.0, "torch"),
         "attention_token_transformation": (tokens, one.value, one.query, torch.randn(3, 16, 16), True, False, 2.0, "auto"),
@@ -86,6 +87,7 @@ def test_operators_compile_without_a_graph_break(name: str) -> None:
         result = operator(*values)
         return [2 * tensor for tensor in (result if isinstance(result, tuple) else (result,))]
 
+    torch.compiler.reset()  # each operator is a compilation of its own, not a recompilation of the last one
     compiled = torch.compile(called, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(compiled(*arguments), called(*arguments), strict=True):
         assert torch.equal(actual, expected)

@@ -3,8 +3,7 @@
 L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
 L1: Σ_ij |grad_out_h,i · value_h,j|                              the tiles of ``row_propagation`` with φ = |G|, O(n²·dh)
 
-The L2 norm is three library products on every backend. Where a row is propagated through the same layer anyway,
-``row_propagation_by_head`` gives the L1 norms in that pass.
+Where a row is propagated through the same layer anyway, ``row_propagation_by_head`` gives the L1 norms in that pass.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import accumulation_dtype, expect_same, expect_shape
-from .row_propagation import row_propagation_by_head
+from ..dispatch import accumulation_dtype, expect_same, expect_shape, register_operator
+from ..row_propagation import row_propagation_by_head
+from .torch_gram import l2_head_norms_gram
 
 NORMS = ("l1", "l2")
 
@@ -41,7 +41,7 @@ def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: st
     expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
     expect_same("grad_out", grad_out, "value", value)
     if norm == "l2":
-        return _l2_head_norms(value, grad_out)
+        return _l2_operator(value, grad_out, backend)
     dtype = accumulation_dtype(value.dtype)
     ones = torch.ones((), dtype=dtype, device=value.device).expand(sizes["B"], sizes["m"])
     by_column, _ = row_propagation_by_head(
@@ -50,7 +50,14 @@ def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: st
     return by_column.sum(-1)
 
 
-def _l2_head_norms(value: Tensor, grad_out: Tensor) -> Tensor:
-    dtype = accumulation_dtype(value.dtype)
-    gram_value, gram_grad = (tensor.to(dtype).transpose(-1, -2) @ tensor.to(dtype) for tensor in (value, grad_out))
-    return (gram_value * gram_grad).sum((-1, -2)).clamp_min(0).sqrt()  # rounding can leave a tiny negative
+def _fake(value: Tensor, grad_out: Tensor, backend: str) -> Tensor:  # noqa: ARG001
+    return torch.empty(value.shape[:2], dtype=accumulation_dtype(value.dtype), device=value.device)
+
+
+_l2_operator = register_operator(
+    "l2_head_norms(Tensor value, Tensor grad_out, str backend) -> Tensor",
+    l2_head_norms_gram,
+    f"{__name__}.triton_kernel",
+    "launch_norms",
+    _fake,
+)
