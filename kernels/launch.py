@@ -22,6 +22,7 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.uint8: "u8",
 }
 ALIGNMENT = 16

@@ -93,10 +93,12 @@ class ShippedInputs:
     def backward_launches(self) -> None:
         """Gradients and row in one pass."""
         for phi, norms in (("p", False), ("p", True), ("p_relu_g", False)):
-            launch_backward(
-                self.query, self.key, self.value, self.out, self.grad_out, self.logsumexp, self._floats(self.num_tokens), None,
-                self.scale, phi, norms,
-            )  # fmt: skip
+            for few in (self.num_tokens, 1):  # key blocks split over programs, and not
+                query, key, value, out, grad_out = (
+                    tensor[:, :, :few] for tensor in (self.query, self.key, self.value, self.out, self.grad_out)
+                )
+                rows, logsumexp = self._floats(few), self.logsumexp[:, :, :few]
+                launch_backward(query, key, value, out, grad_out, logsumexp, rows, None, self.scale, phi, norms)
 
     def transformation_launches(self) -> None:
         """Norm ratio × NECC of attention and MLP."""

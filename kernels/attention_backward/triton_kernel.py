@@ -1,9 +1,9 @@
 """``attention_backward`` in Triton: five products a tile, every tile made once, nothing added in an arbitrary order.
 
 A program owns a share of one head's key blocks. It keeps a block's keys and values in place, walks over query blocks, and
-from the tile of P and G that dk, dv and dq need anyway it weighs the running row. dq is summed over key blocks in float32
-partial sums of the program's own, one slab per share, which are added in a fixed order afterwards: memory is linear in the
-number of tokens and results repeat to the bit.
+from the tile of P and G that dk, dv and dq need anyway it weighs the running row. dq is summed over key blocks in a slab of
+float32 partial sums of the program's own. A program that has all key blocks writes dq itself; shares are added in a fixed
+order afterwards. Memory is linear in the number of tokens, and results repeat to the bit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "num_queries", "num_keys", "num_blocks"])
 def attention_backward_kernel(
-    query, key, value, grad_out, logsumexp, delta, mask, rows, partial_grad_query, grad_key, grad_value, moved, norms,
+    query, key, value, grad_out, logsumexp, delta, mask, rows, partial_grad_query, grad_query, grad_key, grad_value, moved, norms,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token,
     stride_value_batch, stride_value_head, stride_value_token,
@@ -67,7 +67,10 @@ def attention_backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PHI: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (splits, H, B); ``partial_grad_query`` (splits, B, H, m, dh), ``moved`` (B, H, n), ``norms`` (B, H, key blocks)."""
+    """grid (splits, H, B); ``partial_grad_query`` (splits, B, H, m, dh), ``moved`` (B, H, n), ``norms`` (B, H, key blocks).
+
+    ``grad_query`` is None where there are several splits, whose partial sums are yet to be added.
+    """
     i_split, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_bh = i_b * num_heads + i_h
     o_d = tl.arange(0, BLOCK_D)
@@ -81,6 +84,7 @@ def attention_backward_kernel(
     for i_n in range(i_split, num_blocks, tl.num_programs(0)):
         tl.debug_barrier()  # the partial sums that the program's other threads have just written are read again
         num_summed = tl.minimum(i_n - i_split, 1) * num_queries  # none at the first block: so nobody has to clear the slab
+        num_unfinished = tl.minimum((num_blocks - 1 - i_n) // tl.num_programs(0), 1) * num_queries  # none at the last
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < num_keys
         b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
@@ -110,10 +114,17 @@ def attention_backward_kernel(
             b_grad_value += tl.dot(b_map.to(b_grad_out.dtype), b_grad_out, input_precision=PRECISION)
             b_grad_scores = (b_map * (b_grad - b_delta[None, :])).to(b_query.dtype)
             b_grad_key += tl.dot(b_grad_scores, b_query, input_precision=PRECISION)
-            b_grad_query = tl.dot(tl.trans(b_grad_scores), b_key, input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
-            p_sum = p_slab + o_m.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
-            b_grad_query += tl.load(p_sum, mask=(o_m < num_summed)[:, None] & m_d[None, :], other=0.0)
-            tl.store(p_sum, b_grad_query, mask=m_m[:, None] & m_d[None, :])
+            b_grad_query = tl.dot(tl.trans(b_grad_scores), b_key, input_precision=PRECISION) * scale  # (BLOCK_M, BLOCK_D)
+            o_sum = o_m.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
+            b_grad_query += tl.load(p_slab + o_sum, mask=(o_m < num_summed)[:, None] & m_d[None, :], other=0.0)
+            m_sum = m_m[:, None] & m_d[None, :]
+            if grad_query is None:
+                tl.store(p_slab + o_sum, b_grad_query, mask=m_sum)
+            else:
+                tl.store(p_slab + o_sum, b_grad_query, mask=(o_m < num_unfinished)[:, None] & m_d[None, :])
+                p_finished = grad_query + i_bh * num_queries * HEAD_DIM + o_sum
+                b_finished = b_grad_query.to(grad_query.dtype.element_ty)
+                tl.store(p_finished, b_finished, mask=m_sum & (o_m >= num_unfinished)[:, None])
         p_out = (i_bh * num_keys + o_n.to(tl.int64))[:, None] * HEAD_DIM + o_d[None, :]
         m_out = m_n[:, None] & m_d[None, :]
         tl.store(grad_key + p_out, (b_grad_key * scale).to(grad_key.dtype.element_ty), mask=m_out)
@@ -156,12 +167,13 @@ def launch_backward(
     )  # fmt: skip
     partial_grad_query = torch.empty(splits, batch, heads, num_queries, head_dim, dtype=torch.float32, device=device)
     grad_key, grad_value = (torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in (key, value))
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=device) if splits == 1 else None
     moved = torch.empty(batch, heads, num_keys, dtype=torch.float32, device=device)
     partial_norms = torch.empty(batch, heads, key_blocks, dtype=torch.float32, device=device) if norms else None
     logsumexp, rows = with_unit_last_stride(logsumexp.float()), with_unit_last_stride(rows.float())
     arguments = (
         query, key, value, grad_out, logsumexp, delta, mask_pointer(mask), rows,
-        partial_grad_query, grad_key, grad_value, moved, partial_norms,
+        partial_grad_query, grad_query, grad_key, grad_value, moved, partial_norms,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3],
         *logsumexp.stride()[:2], *strides(mask, 4), rows.stride(0),
         heads, num_queries, num_keys, key_blocks, float(scale), float(scale * LOG2_E),
@@ -171,6 +183,6 @@ def launch_backward(
         "PHI": phi, "MASK": mask_kind(mask), "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
     launch(attention_backward_kernel, (splits, heads, batch), arguments, constants, config)
-    grad_query = partial_grad_query.sum(0) if splits > 1 else partial_grad_query[0]
-    grad_query = grad_query.mul_(scale).to(query.dtype)
+    if grad_query is None:
+        grad_query = partial_grad_query.sum(0).to(query.dtype)
     return grad_query, grad_key, grad_value, moved, moved.new_empty(0) if partial_norms is None else partial_norms.sum(-1)

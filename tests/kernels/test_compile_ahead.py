@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton, which this platform has no wheel for")
 
 from vitexplain.kernels import interpreting
 from vitexplain.kernels.aot.budgets import violations
-from vitexplain.kernels.aot.compile import build_image, shipped_variants
+from vitexplain.kernels.aot.compile import build_image, compile_variant, shipped_variants
+from vitexplain.kernels.attention_backward.triton_kernel import launch_backward
+from vitexplain.kernels.contribution_map.triton_kernel import launch_map
+from vitexplain.kernels.launch import recorded_launches
+from vitexplain.kernels.row_propagation.triton_kernel import launch_rows
+from vitexplain.kernels.shipped_variants import ShippedInputs
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreting and compiling cannot share a process")
 
@@ -39,3 +45,24 @@ def test_every_shipped_variant_compiles_within_its_budget(
 def test_no_kernel_is_left_out() -> None:
     for variant in shipped_variants("90", ["bfloat16"], [64]):
         assert any(variant.kernel.startswith(kernel.removeprefix("^")) for kernel in KERNELS), variant.kernel
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize(
+    ("phi", "mask_dtype"),
+    [("p_g", torch.bool), ("p", torch.bfloat16), ("p_relu_g", torch.float32), ("relu_g", None), ("abs_g", None)],
+    ids=str,
+)
+def test_masks_and_other_weighings_compile_when_they_are_met(phi: str, mask_dtype, architecture: str) -> None:
+    """They are not shipped; Triton compiles them at their first launch."""
+    inputs = ShippedInputs(torch.bfloat16, 64, 197)
+    mask = None if mask_dtype is None else torch.empty(2, 1, 197, 197, dtype=mask_dtype, device="meta").expand(-1, 4, -1, -1)
+    layer = inputs.query, inputs.key, inputs.value, inputs.grad_out, inputs.logsumexp
+    rows, contribution = inputs.logsumexp, torch.empty(2, 197, 197, device="meta")
+    with recorded_launches(architecture) as variants:
+        for running in (rows, rows[:, :1]):
+            launch_rows(*layer, running, None, None, mask, 0.125, 1.0, 0.0, phi)
+        launch_map(*layer, contribution, None, None, None, mask, 0.125, 1.0, 1.0, phi)
+        launch_backward(*layer[:3], inputs.out, *layer[3:], rows[:, 0], mask, 0.125, phi, True)
+    for variant in variants:
+        assert compile_variant(variant, architecture).asm["cubin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -170,6 +171,25 @@ def _check_backward(inputs: AttentionInputs, phi: str, norms: bool, dtype: torch
         assert_within_error_budget(sums, exact, plain, dtype)
     else:
         assert sums.numel() == 0
+
+
+@pytest.mark.skipif(not interpreting(), reason="how work is split over programs is the Triton kernels' affair")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_however_work_is_split_over_programs(monkeypatch, splits: int) -> None:
+    """A device's size decides it: one program may walk over all key blocks, heads or tokens, or several share them."""
+    for module in ("attention_backward", "head_norms", "row_propagation"):
+        kernel = importlib.import_module(f"vitexplain.kernels.{module}.triton_kernel")
+        monkeypatch.setattr(kernel, "splits_to_fill", lambda largest, *_: min(largest, splits))
+    for dtype in DTYPES:
+        inputs = attention_inputs(150, 48, dtype)
+        with forced_config(TileConfig(32, 32, 4, 1)):
+            _check_backward(inputs, "p_relu_g", True, dtype, "triton")
+            rows = row_propagation(*inputs.layer, inputs.rows, residual=1.0, backend="triton", **inputs.keywords("p", True))
+            norms = head_norms(inputs.value, inputs.grad_out, norm="l2", backend="triton")
+        exact, plain = (dense_row_propagation(inputs, "p", True, kind) + inputs.rows for kind in (torch.float64, dtype))
+        assert_within_error_budget(rows, exact, plain, dtype)
+        exact, plain = (dense_head_norms(inputs.value, inputs.grad_out, "l2", kind) for kind in (torch.float64, dtype))
+        assert_within_error_budget(norms, exact, plain, dtype)
 
 
 @pytest.mark.usefixtures("shape_of_tiles")
