@@ -20,6 +20,7 @@ import torch
 from vitexplain import kernels
 from vitexplain.fused_attention import attention_backward as library_backward
 from vitexplain.kernels import shipped_variants
+from vitexplain.kernels.aot.budgets import expected_products
 from vitexplain.kernels.aot.compile import compile_variant
 from vitexplain.kernels.aot.resources import resources_of
 from vitexplain.kernels.attention_backward import choose
@@ -154,7 +155,9 @@ def _spilled_bytes(task: Task, config: TileConfig) -> int | None:
     """Bytes that the first variant to spill spills; None where one does not fit the architecture at all."""
     for variant in variants_to_check(task, config):
         found = resources_of(compile_variant(variant, task.architecture), task.architecture)
-        if not found.fits:
+        wanted = expected_products(variant.kernel, variant.types, variant.constants, task.architecture)
+        lost = wanted and not any(name in found.instructions for name in wanted)
+        if lost or not found.fits:  # a kernel without its products does nothing: the compiler could not make it
             return None
         if found.spilled_bytes:
             return found.spilled_bytes
@@ -169,7 +172,7 @@ def table_row(task: Task, tokens: str, config: TileConfig, basis: str) -> TableR
 
 
 def compile_table(wanted: list[str], architectures: list[str], jobs: int) -> list[TableRow]:
-    """Rows for every architecture, and for ``any`` the smallest tile among them."""
+    """Rows for every architecture."""
     tasks = [
         Task(kernel, architecture, precision, head_dim)
         for precision in PRECISIONS for head_dim in HEAD_DIMS for kernel in wanted for architecture in architectures
@@ -180,7 +183,6 @@ def compile_table(wanted: list[str], architectures: list[str], jobs: int) -> lis
         for row in pool.imap_unordered(compiled_row, tasks):
             print(row, flush=True)
             rows.append(row)
-    rows += [_for_any(rows, task) for task in tasks if task.architecture == architectures[0]]
     narrow = [
         replace(row, head_dim=width, basis=f"as for a width of {row.head_dim}")
         for row in rows
@@ -189,11 +191,16 @@ def compile_table(wanted: list[str], architectures: list[str], jobs: int) -> lis
     return rows + narrow
 
 
-def _for_any(rows: list[TableRow], task: Task) -> TableRow:
-    same = [row for row in rows if (row.kernel, row.precision, row.head_dim) == (task.kernel, task.precision, str(task.head_dim))]
-    smallest = min(same, key=lambda row: (row.config.block_m * row.config.block_n, -row.config.num_warps))
-    basis = "the smallest tile among the architectures"
-    return table_row(Task(task.kernel, ANY, task.precision, task.head_dim), ANY, smallest.config, basis)
+def rows_for_any(rows: list[TableRow], wanted: list[str]) -> list[TableRow]:
+    """For devices without rows of their own: the smallest tile among the architectures."""
+    cells: dict[tuple[str, str, str], list[TableRow]] = {}
+    for row in rows:
+        if row.architecture in ARCHITECTURES and row.kernel in wanted:
+            cells.setdefault((row.kernel, row.precision, row.head_dim), []).append(row)
+    smallest = (
+        min(cell, key=lambda row: (row.config.block_m * row.config.block_n, -row.config.num_warps)) for cell in cells.values()
+    )
+    return [replace(row, architecture=ANY, tokens=ANY, basis="the smallest tile among the architectures") for row in smallest]
 
 
 # -- by measuring ---------------------------------------------------------------------------------------------------------
@@ -321,7 +328,11 @@ def main() -> None:
     else:
         raise SystemExit("expected a CUDA device to measure on, found none (--compile-only fills the table without one)")
     replaced = {(row.kernel, row.architecture) for row in rows}
-    write_table([*(row for row in read_table() if (row.kernel, row.architecture) not in replaced), *rows])
+    rows += [row for row in read_table() if (row.kernel, row.architecture) not in replaced]
+    if options.compile_only:
+        rows = [row for row in rows if row.kernel not in options.kernels or row.architecture != ANY]
+        rows += rows_for_any(rows, options.kernels)
+    write_table(rows)
     print(TABLE)
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .manifest import Image, Manifest, read_manifest
 from .resources import SHARED_MEMORY, TENSOR_CORE
+
+Types = tuple[tuple[str, str], ...]
+Constants = tuple[tuple[str, Any], ...]
 
 WARP_GROUP_ROWS = 64
 WITHOUT_PRODUCTS = frozenset({"token_transformation_kernel", "delta_kernel", "normalise_kernel"})
@@ -28,20 +32,21 @@ def violations(image: Image, architecture: str) -> Iterator[str]:
     limit = SHARED_MEMORY[architecture]
     if image.shared_bytes > limit:
         yield f"needs {image.shared_bytes} bytes of shared memory, the limit is {limit}"
-    if image.kernel in WITHOUT_PRODUCTS or not _takes_halves(image):
-        return
-    wanted = ("HGMMA",) if architecture == "90" and _fills_warp_groups(image) else INSTRUCTIONS[architecture]
-    if not any(name in image.instructions for name in wanted):
-        yield f"expected tensor-core instructions ({' or '.join(wanted)}), found {image.instructions}"
+    wanted = expected_products(image.kernel, image.types, image.constants, architecture)
+    if wanted and not any(name in image.instructions for name in wanted):
+        yield f"expected products ({' or '.join(wanted)}), found {image.instructions}"
 
 
-def _takes_halves(image: Image) -> bool:
-    return any(kind in ("*fp16", "*bf16") for _, kind in image.types)
-
-
-def _fills_warp_groups(image: Image) -> bool:
-    constants = dict(image.constants)
-    return min(constants.get("BLOCK_M", 0), constants.get("BLOCK_N", 0)) >= WARP_GROUP_ROWS
+def expected_products(kernel: str, types: Types, constants: Constants, architecture: str) -> tuple[str, ...]:
+    """Instructions of which at least one must be there, or the compiler has lost the products; empty where none is known."""
+    if kernel in WITHOUT_PRODUCTS:
+        return ()
+    values = dict(constants)
+    if any(kind in ("*fp16", "*bf16") for _, kind in types):
+        fills_warp_groups = min(values.get("BLOCK_M", 0), values.get("BLOCK_N", 0)) >= WARP_GROUP_ROWS
+        return ("HGMMA",) if architecture == "90" and fills_warp_groups else INSTRUCTIONS[architecture]
+    exact = values.get("PRECISION") == "ieee" and not architecture.startswith("gfx")
+    return ("FFMA", "FFMA2") if exact else ()
 
 
 def report(manifest: Manifest) -> tuple[str, int]:

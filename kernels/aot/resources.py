@@ -26,7 +26,7 @@ SHARED_MEMORY = {
 }
 # Matrix products on tensor cores, by generation; arithmetic; local memory, which is where spilled registers go.
 TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
-COUNTED = (*TENSOR_CORE, "FFMA", "MUFU", "LDGSTS", "UTMALDG", "LDL", "STL", "scratch_load", "scratch_store")
+COUNTED = (*TENSOR_CORE, "FFMA", "FFMA2", "MUFU", "LDGSTS", "UTMALDG", "LDL", "STL", "scratch_load", "scratch_store")
 
 
 @dataclass(frozen=True)

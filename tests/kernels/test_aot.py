@@ -92,8 +92,13 @@ OVER_BUDGET = {
     "spills": ({"spilled_bytes": 16}, "90", "spills 16 bytes a thread"),
     "local memory": ({"instructions": {"HGMMA": 8, "STL": 3}}, "90", "uses local memory: {'STL': 3}"),
     "shared memory": ({"shared_bytes": 120 << 10}, "89", "needs 122880 bytes of shared memory, the limit is 101376"),
-    "no tensor cores": ({"instructions": {"FFMA": 800}}, "80", r"expected tensor-core instructions (HMMA)"),
-    "no warp groups": ({"instructions": {"HMMA": 8}}, "90", r"expected tensor-core instructions (HGMMA)"),
+    "no tensor cores": ({"instructions": {"FFMA": 800}}, "80", "expected products (HMMA), found {'FFMA': 800}"),
+    "nothing left": (
+        {"types": (("query", "*fp32"),), "constants": (("PRECISION", "ieee"),), "instructions": {}},
+        "100",
+        "expected products (FFMA or FFMA2), found {}",
+    ),
+    "no warp groups": ({"instructions": {"HMMA": 8}}, "90", "expected products (HGMMA), found {'HMMA': 8}"),
 }
 
 
