@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -44,3 +44,17 @@ def cpu_sample(call: Callable[[], object], device: torch.device) -> float:  # no
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)
+
+
+def interleaved_ms(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 0.25) -> list[list[float]]:
+    """Milliseconds of each call, taken in turns, so that a drift of the machine hits all alike; after a warm-up."""
+    one = cuda_sample if device.type == "cuda" else cpu_sample
+    for call in calls:
+        for _ in range(WARM_UP):
+            call()
+    samples: list[list[float]] = [[one(call, device)] for call in calls]
+    rounds = max(5, min(200, int(1e3 * seconds / max(max(first) for first in samples))))
+    for _ in range(rounds - 1):
+        for call, taken in zip(calls, samples, strict=True):
+            taken.append(one(call, device))
+    return samples

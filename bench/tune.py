@@ -10,6 +10,7 @@ Candidates stand in order of preference. Measured rows replace those of the same
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import pairwise
@@ -30,7 +31,7 @@ from vitexplain.kernels.token_transformation.token_kernel import ANY_WIDTH
 
 from .operations import CPU_SIZES, GPU_SIZES, Layer, Size
 from .record import environment, write_table_rows
-from .timing import samples_ms
+from .timing import interleaved_ms, samples_ms
 
 TOKENWISE = ("token_transformation", "attention_token_transformation")
 GRAM = "l2_head_norms"
@@ -273,7 +274,7 @@ def _time(call: Callable[[], object], config: TileConfig, device: torch.device, 
             samples = samples_ms(call, device, seconds)
     except OutOfResources:
         return None
-    return sorted(samples)[len(samples) // 2]
+    return statistics.median(samples)
 
 
 def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.Decision]:
@@ -293,7 +294,7 @@ def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.
                 lambda layer=layer, inputs=inputs: library_backward(layer.grad_out, *inputs),
                 lambda layer=layer, row=row: kernels.row_propagation(layer.query, layer.key, layer.logsumexp, layer.row, **row),
             )
-            medians = [sorted(samples)[len(samples) // 2] for samples in (samples_ms(call, device, seconds) for call in timed)]
+            medians = [statistics.median(samples) for samples in interleaved_ms(timed, device, seconds)]
             decision = choose.Decision(
                 architecture=choose.decision_architecture(device), dtype=str(dtype).removeprefix("torch."),
                 head_dim=str(choose.padded(size.head_dim)), tokens=str(size.tokens), batch_heads=str(size.batch * size.heads),

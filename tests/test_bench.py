@@ -11,7 +11,7 @@ from bench import operations, tune
 from bench.cost import gate, interleaved
 from bench.readme import README, rendered
 from bench.record import Row, environment, read_rows, spread, write_rows
-from bench.timing import samples_ms
+from bench.timing import interleaved_ms, samples_ms
 from vitexplain.kernels import interpreting
 from vitexplain.kernels.attention_backward import choose
 from vitexplain.methods import Rollout
@@ -60,6 +60,13 @@ def test_a_call_is_timed_after_a_warm_up() -> None:
     samples = samples_ms(lambda: calls.append(1), torch.device("cpu"), seconds=1e-9, least=4)
     assert (len(samples), len(calls)) == (4, 5)
     assert min(samples) >= 0
+
+
+def test_calls_that_are_compared_are_timed_in_turns() -> None:
+    order: list[str] = []
+    samples = interleaved_ms([lambda: order.append("a"), lambda: order.append("b")], torch.device("cpu"), seconds=1e-9)
+    assert order[6:] == ["a", "b"] * 5, "after three calls of each"
+    assert [len(taken) for taken in samples] == [5, 5]
 
 
 TINY = operations.Size(2, 2, 33, 16)
