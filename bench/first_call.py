@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from .operations import NOT_MEASURED, folder_of
+from vitexplain.kernels.launch import architecture_of
+
+from .operations import BLANK, NOT_MEASURED, folder_of
 from .record import RESULTS, Row, environment, spread, write_rows
 
 MODEL, METHOD, BATCH = "vit_base_patch16_224", "tokentm", 8
@@ -95,7 +97,7 @@ def main() -> None:
     rows = []
     if options.not_measured:
         name = options.not_measured
-        blank = {"p20": "", "p50": NOT_MEASURED, "p80": "", "repeats": 0, "device": name, "threads": 0, "versions": NOT_MEASURED}
+        blank = {**BLANK, "device": name, "threads": 0, "versions": NOT_MEASURED}
         rows += [Row(provider=setting, metric=step, **where, **blank) for setting in SETTINGS for step in STEPS]
     else:
         if not torch.cuda.is_available():
@@ -105,7 +107,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             images = Path(folder)
             root = Path(__file__).resolve().parent.parent
-            architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
+            architecture = architecture_of(device)
             build = ["-m", "kernels.aot.compile", "--architecture", architecture, "--output", str(images / architecture)]
             subprocess.run([sys.executable, *build, "--dtypes", "bfloat16", "--head-dims", "64"], check=True, cwd=root)
             for setting, ahead in SETTINGS.items():

@@ -26,7 +26,7 @@ from vitexplain.kernels.aot.compile import compile_variant
 from vitexplain.kernels.aot.resources import resources_of
 from vitexplain.kernels.attention_backward import choose
 from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_config, recorded_launches
-from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, read_table, write_table
+from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, padded_head_dim, read_table, write_table
 from vitexplain.kernels.token_transformation.token_kernel import ANY_WIDTH
 
 from .operations import CPU_SIZES, GPU_SIZES, Layer, Size
@@ -297,7 +297,7 @@ def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.
             medians = [statistics.median(samples) for samples in interleaved_ms(timed, device, seconds)]
             decision = choose.Decision(
                 architecture=choose.decision_architecture(device), dtype=str(dtype).removeprefix("torch."),
-                head_dim=str(choose.padded(size.head_dim)), tokens=str(size.tokens), batch_heads=str(size.batch * size.heads),
+                head_dim=str(padded_head_dim(size.head_dim)), tokens=str(size.tokens), batch_heads=str(size.batch * size.heads),
                 **dict(zip(("one_pass_ms", "backward_ms", "row_ms"), (f"{median:.4g}" for median in medians), strict=True)),
                 device=str(where["device"]), versions=str(where["versions"]),
             )  # fmt: skip

@@ -19,6 +19,14 @@ ANY = "any"
 UNBOUNDED = 1 << 62
 
 
+SMALLEST_PRODUCT = 16  # rows, columns and depth of the smallest matrix product
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Head width rounded up to what a matrix product takes: a power of two, at least 16."""
+    return max(SMALLEST_PRODUCT, 1 << (head_dim - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """Tile of queries × keys, how many warps and pipeline stages work on it, and how many registers a thread may have.

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import architecture_of, precision_of
+from .launch_table import SMALLEST_PRODUCT as SMALLEST_PRODUCT
+from .launch_table import padded_head_dim as padded_head_dim
 
 LOG2_E = 1.4426950408889634
 # Arguments that follow the number of tokens (as ``num_queries`` and its like do): no kernel is compiled anew for a length.
@@ -18,12 +20,6 @@ LENGTHS = (
     "num_heads", "stride_logsumexp_batch", "stride_logsumexp_head", "stride_rows_batch",
     "stride_mask_batch", "stride_mask_head", "stride_mask_query", "stride_mask_key",
 )  # fmt: skip
-SMALLEST_PRODUCT = 16  # rows, columns and depth of the smallest matrix product
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Head width rounded up to what a matrix product takes: a power of two, at least 16."""
-    return max(SMALLEST_PRODUCT, triton.next_power_of_2(head_dim))
 
 
 @overload
@@ -56,6 +52,12 @@ def check_dtype(tensor: Tensor) -> None:
     """Refuse what the kernels have no matrix product for."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"backend 'triton' takes float16, bfloat16 or float32, received {tensor.dtype} (use backend 'torch')")
+
+
+def check_value_width(head_dim: int, value: Tensor) -> None:
+    """Refuse values of another width than queries: the kernels' tiles of both have one shape."""
+    if value.shape[-1] != head_dim:
+        raise ValueError(f"backend 'triton' expects value width {head_dim} (that of query), received {value.shape[-1]}")
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..launch import architecture_of
+from ..launch_table import padded_head_dim
 
 TABLE = Path(__file__).resolve().parent / "decisions.csv"
 ONE_PASS, TWO_PASSES = "one pass", "two passes"
@@ -81,14 +82,9 @@ def one_pass_is_faster(query: Tensor, num_tokens: int) -> bool:
     return choice == ONE_PASS
 
 
-def padded(head_dim: int) -> int:
-    """Head width rounded up to a power of two, at least 16, as kernels take it."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 @cache
 def _decided(architecture: str, dtype: str, head_dim: int, num_tokens: int) -> str:
-    wanted = (architecture, dtype, str(padded(head_dim)))
+    wanted = (architecture, dtype, str(padded_head_dim(head_dim)))
     known = [row for row in read_decisions() if (row.architecture, row.dtype, row.head_dim) == wanted]
     if not known:
         return TWO_PASSES

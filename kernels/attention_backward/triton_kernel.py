@@ -18,6 +18,7 @@ from ..triton_common import (
     LENGTHS,
     LOG2_E,
     check_dtype,
+    check_value_width,
     dot_precision,
     load_head,
     mask_kind,
@@ -152,8 +153,7 @@ def launch_backward(
     query, key, value, out, grad_out = map(with_unit_last_stride, (query, key, value, out, grad_out))
     batch, heads, num_queries, head_dim = query.shape
     num_keys, device = key.shape[2], query.device
-    if value.shape[-1] != head_dim:
-        raise ValueError(f"backend 'triton' expects value width {head_dim} (that of query), received {value.shape[-1]}")
+    check_value_width(head_dim, value)
     block_d = padded_head_dim(head_dim)
     config = tile_config("attention_backward", query, block_d, num_keys)
     key_blocks = triton.cdiv(num_keys, config.block_n)

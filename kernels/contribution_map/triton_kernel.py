@@ -19,6 +19,7 @@ from ..triton_common import (
     LOG2_E,
     averaged_tile,
     check_dtype,
+    check_value_width,
     dot_precision,
     float32_product_precision,
     mask_kind,
@@ -98,8 +99,8 @@ def launch_map(
     """See ``contribution_map``: float32."""
     check_dtype(query)
     batch, heads, num_tokens, head_dim = query.shape
-    if value is not None and value.shape[-1] != head_dim:
-        raise ValueError(f"backend 'triton' expects value width {head_dim} (that of query), received {value.shape[-1]}")
+    if value is not None:
+        check_value_width(head_dim, value)
     query, key, value, grad_out = map(with_unit_last_stride, (query, key, value, grad_out))
     logsumexp = with_unit_last_stride(logsumexp.float())
     weights = (None if tensor is None else tensor.float().contiguous() for tensor in (head_weights, token_weights, row_factors))

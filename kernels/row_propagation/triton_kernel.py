@@ -24,6 +24,7 @@ from ..triton_common import (
     SMALLEST_PRODUCT,
     averaged_tile,
     check_dtype,
+    check_value_width,
     dot_precision,
     float32_product_precision,
     load_head,
@@ -215,8 +216,8 @@ class _Inputs:
         self.num_keys = (key if phi in WITH_MAP else value).shape[2]
         self.num_rows, self.num_queries = rows.shape[1:]
         self.phi, self.scale = phi, scale
-        if phi in WITH_MAP and value is not None and value.shape[-1] != self.head_dim:
-            raise ValueError(f"backend 'triton' expects value width {self.head_dim} (that of query), received {value.shape[-1]}")
+        if phi in WITH_MAP and value is not None:
+            check_value_width(self.head_dim, value)
         self.query, self.key, self.value, self.grad_out = map(with_unit_last_stride, (query, key, value, grad_out))
         self.logsumexp = with_unit_last_stride(None if logsumexp is None else logsumexp.float())
         self.rows = with_unit_last_stride(rows.float())
