@@ -70,7 +70,7 @@ class Layer:
             return torch.randn(*shape, generator=generator, device=device).to(kind)
 
         self.query, self.key, self.value = normal(batch, n, 3, heads, dh).permute(2, 0, 3, 1, 4).unbind(0)
-        self.grad_out = normal(batch, n, heads, dh).transpose(1, 2)
+        self.grad_out, self.ratio = (normal(batch, n, heads, dh).transpose(1, 2) for _ in range(2))
         self.scale = dh**-0.5
         self.out, self.state = attention_forward(self.query, self.key, self.value, self.scale)
         self.logsumexp = self.state.logsumexp
@@ -193,6 +193,17 @@ def cases(layer: Layer) -> Iterator[Case]:
         "torch fused attention backward, then row_propagation", two_passes, 7 * pair, 12 * head + 2 * by_head_bytes, COMPUTE,
         BACKWARD,
     )  # fmt: skip
+    relevance = q, k, v, layer.ratio, lse
+    row = {"grad_out": layer.grad_out, "scale": scale}
+    yield Case(
+        "relevance_backward with the row",
+        lambda: kernels.relevance_backward(*relevance, rows=layer.row[:, 0], **row),
+        6 * pair, 8 * head + 2 * by_head_bytes + row_bytes, COMPUTE, BACKWARD,
+    )  # fmt: skip
+    yield Case(
+        "relevance_rows", lambda: kernels.relevance_rows(*relevance, layer.row[:, 0], **row),
+        3 * pair, 5 * head + 2 * by_head_bytes + row_bytes, COMPUTE, FORWARD,
+    )  # fmt: skip
     if size.tokens <= LARGEST_MAP:
         contribution = torch.eye(size.tokens, device=layer.device).expand(size.batch, -1, -1).contiguous()
         yield Case(
@@ -263,9 +274,34 @@ def _pairs(layer: Layer, wide: dict[str, Tensor]) -> Iterator[tuple[str, Tensor,
         yield f"attention_backward, {name}", ours, exact
     moved = torch.einsum("bi,bhij->bhj", layer.row[:, 0].double(), attention * gradient.relu())
     yield "attention_backward, row", results[3], moved
+    yield from _relevance_pairs(layer, wide)
     cosine = F.cosine_similarity(wide["tokens"], wide["moved"], dim=-1)
     ratio = wide["moved"].norm(dim=-1) / wide["tokens"].norm(dim=-1)
     yield "token_transformation", kernels.token_transformation(layer.tokens, layer.moved), ratio * cosine.softmax(-1)
+
+
+def _relevance_pairs(layer: Layer, wide: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The same of relevance. Queries and keys are made positive: it divides by their products, and near 0 no type has digits."""
+    query, key = layer.query.abs(), layer.key.abs()
+    q, k = query.double(), key.double()
+    products = q @ k.transpose(-1, -2)
+    inputs = query, key, layer.value, layer.ratio, (products * layer.scale).logsumexp(-1).float()
+    row = {"grad_out": layer.grad_out, "scale": layer.scale}
+    attention, ratio = (products * layer.scale).softmax(-1), layer.ratio.double()
+    relevance = 0.5 * attention * (ratio @ wide["value"].transpose(-1, -2))
+    share = relevance / (products + 1e-9)
+    gradient = wide["grad_out"] @ wide["value"].transpose(-1, -2)
+    moved = torch.einsum("bi,bhij->bhj", layer.row[:, 0].double(), (gradient * relevance).relu())
+    exact = (
+        0.5 * q * (share @ k),
+        0.5 * k * (share.transpose(-1, -2) @ q),
+        0.5 * wide["value"] * (attention.transpose(-1, -2) @ ratio),
+        moved,
+    )
+    results = kernels.relevance_backward(*inputs, rows=layer.row[:, 0], **row)
+    for name, ours, expected in zip(("query", "key", "value", "row"), results, exact, strict=True):
+        yield f"relevance_backward, {name}", ours, expected
+    yield "relevance_rows", kernels.relevance_rows(*inputs, layer.row[:, 0], **row), moved
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, list[float]]]:

@@ -41,6 +41,7 @@ KERNELS = (
     "many_rows",
     "many_rows_few",
     "attention_backward",
+    "attention_relevance",
     "contribution_map",
     GRAM,
     *TOKENWISE,
@@ -129,6 +130,7 @@ def variants_to_check(task: Task, config: TileConfig) -> list[KernelVariant]:
             for head_dim in WIDTHS[task.head_dim] if thorough else (task.head_dim,):
                 inputs = shipped_variants.ShippedInputs(getattr(torch, dtype), head_dim, num_tokens=197)
                 inputs.every_launch(1 if task.kernel.endswith(FEW) else 197)
+                inputs.relevance_launches()
     wanted = f"{task.kernel.removesuffix(FEW)}_kernel"
     mine = [variant for variant in dict.fromkeys(recorded) if variant.kernel == wanted]
     mine.sort(key=lambda variant: (dict(variant.constants).get("PHI") == "p_relu_g", len(variant.types)), reverse=True)
@@ -221,6 +223,7 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
         "many_rows": lambda: kernels.row_propagation(*inputs, layer.rows, **weighed),
         "many_rows_few": lambda: kernels.row_propagation(*first, layer.rows[:, :, :1], **weighed_first),
         "attention_backward": lambda: one_pass(layer),
+        "attention_relevance": lambda: relevance(layer),
         "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, **weighed),
         GRAM: lambda: kernels.head_norms(layer.value, layer.grad_out, norm="l2"),
         "token_transformation": lambda: kernels.add_token_transformation(layer.tokens, layer.branch, layer.moved),
@@ -235,6 +238,14 @@ def one_pass(layer: Layer) -> object:
     return kernels.attention_backward(
         layer.query, layer.key, layer.value, layer.out, layer.grad_out, layer.logsumexp, layer.row[:, 0],
         phi="p_relu_g", scale=layer.scale,
+    )  # fmt: skip
+
+
+def relevance(layer: Layer) -> object:
+    """Relevance of query, key and value, and the row."""
+    return kernels.relevance_backward(
+        layer.query, layer.key, layer.value, layer.ratio, layer.logsumexp,
+        rows=layer.row[:, 0], grad_out=layer.grad_out, scale=layer.scale,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ neither of the two knows the other.
 """
 
 from .attention_backward import attention_backward
+from .attention_relevance import relevance_backward, relevance_rows
 from .contribution_map import contribution_map
 from .dispatch import BACKENDS, choose_backend, interpreting, triton_installed
 from .head_norms import head_norms
@@ -22,6 +23,8 @@ __all__ = [
     "contribution_map",
     "head_norms",
     "interpreting",
+    "relevance_backward",
+    "relevance_rows",
     "row_propagation",
     "row_propagation_by_head",
     "token_transformation",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .attention_backward.triton_kernel import launch_backward
+from .attention_relevance.triton_kernel import launch_backward as launch_relevance
+from .attention_relevance.triton_kernel import launch_rows as launch_relevance_rows
 from .contribution_map.triton_kernel import launch_map
 from .head_norms.triton_kernel import launch_norms
 from .row_propagation.triton_kernel import launch_by_head, launch_rows
@@ -28,6 +30,7 @@ def record_shipped_launches(dtype: torch.dtype, head_dim: int) -> None:
         inputs = ShippedInputs(dtype, head_dim, num_tokens)
         inputs.every_launch(num_tokens)
         inputs.rows_launches(1)  # the last block of a class-token model
+        ShippedInputs(torch.float32, head_dim, num_tokens).relevance_launches()  # the relevance pass of a model of any type
 
 
 class ShippedInputs:
@@ -99,6 +102,18 @@ class ShippedInputs:
                 )
                 rows, logsumexp = self._floats(few), self.logsumexp[:, :, :few]
                 launch_backward(query, key, value, out, grad_out, logsumexp, rows, None, self.scale, phi, norms)
+
+    def relevance_launches(self) -> None:
+        """Layer-wise relevance, with the row of the gradient, that of the map alone, and without one; and the rows alone."""
+        for few in (self.num_tokens, 1):  # key blocks split over programs, and not
+            query, key, value, ratio, grad_out = (
+                tensor[:, :, :few] for tensor in (self.query, self.key, self.value, self.out, self.grad_out)
+            )
+            rows, logsumexp = self._floats(few), self.logsumexp[:, :, :few]
+            for running, gradient in ((rows, grad_out), (rows, None), (None, None)):
+                launch_relevance(query, key, value, ratio, logsumexp, running, gradient, None, self.scale)
+                if running is not None:
+                    launch_relevance_rows(query, key, value, ratio, logsumexp, running, gradient, None, self.scale)
 
     def transformation_launches(self) -> None:
         """Norm ratio × NECC of attention and MLP."""

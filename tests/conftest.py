@@ -11,11 +11,19 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import vitexplain
 from vitexplain import Explanation
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+ALL_METHODS = [info.name for info in vitexplain.methods()]
+# One value a token, and quotients of activations that float32 carries; LRP's own are near 0 / 0 and are tested in float64.
+METHODS = [info.name for info in vitexplain.methods() if info.resolution == "tokens" and info.name != "partial_lrp"]
+# With a rule of relevance float32 is further from float64, for plain torch as for tiles.
+PLAIN_METHODS = [name for name in METHODS if vitexplain.methods.REGISTRY[name].rules is None]
+REFERENCED_METHODS = [name for name in ALL_METHODS if name != "smoothgrad"]  # whose noise no other precision can draw
 
 _BASE = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
 
@@ -70,7 +78,9 @@ def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def all_tokens(explanation: Explanation) -> torch.Tensor:
-    """Prefix and patch values together, (B, n): the scale against which a rounding error is judged."""
+    """Prefix and patch values together, (B, n), or all pixels: the scale against which a rounding error is judged."""
+    if explanation.maps.dim() == 2:  # text
+        return explanation.maps
     return torch.cat([explanation.prefix_values, explanation.maps.flatten(-2)], -1)
 
 

@@ -13,9 +13,18 @@ import vitexplain
 from vitexplain.kernels.attention_backward.choose import ONE_PASS, TWO_PASSES, forced
 from vitexplain.testing import DenseReference
 
-from .conftest import MODEL_SHAPES, all_tokens, build_model, images_for, relative_error, rms_error
+from .conftest import (
+    METHODS,
+    MODEL_SHAPES,
+    PLAIN_METHODS,
+    REFERENCED_METHODS,
+    all_tokens,
+    build_model,
+    images_for,
+    relative_error,
+    rms_error,
+)
 
-METHODS = [info.name for info in vitexplain.methods()]
 CHAIN_METHODS = [info.name for info in vitexplain.methods() if info.all_rows]
 
 
@@ -24,9 +33,9 @@ CHAIN_METHODS = [info.name for info in vitexplain.methods() if info.all_rows]
 def test_all_methods_agree_with_the_reference_in_float32(shape: str, batch: int) -> None:
     model = build_model(**MODEL_SHAPES[shape])
     images = images_for(model, batch)
-    together = vitexplain.explain(model, images, method=METHODS)
-    dense = vitexplain.explain(model, images, method=METHODS, backend="dense")
-    for name in METHODS:
+    together = vitexplain.explain(model, images, method=PLAIN_METHODS)
+    dense = vitexplain.explain(model, images, method=PLAIN_METHODS, backend="dense")
+    for name in PLAIN_METHODS:
         assert together[name].maps.shape == (batch, *model.patch_embed.grid_size)
         assert together[name].maps.dtype == torch.float32
         assert relative_error(all_tokens(together[name]), all_tokens(dense[name])) <= 1e-5, name
@@ -42,14 +51,37 @@ def test_a_method_alone_gives_what_it_gives_in_company(shape: str, name: str) ->
     assert relative_error(alone.maps, company.maps) <= 1e-5
 
 
-@pytest.mark.parametrize("shape", ["class_token_n17", "registers_layerscale", "mean_pooling"])
+@pytest.mark.parametrize("shape", MODEL_SHAPES)
 def test_in_float64_only_the_final_rounding_differs(shape: str) -> None:
     model = build_model(**MODEL_SHAPES[shape]).double()
     images = images_for(model, 2).double()
-    ours = vitexplain.explain(model, images, method=METHODS)
-    dense = vitexplain.explain(model, images, method=METHODS, backend="dense")
-    for name in METHODS:
-        assert relative_error(ours[name].maps, dense[name].maps) <= 1.2e-7, name
+    ours = vitexplain.explain(model, images, method=REFERENCED_METHODS)
+    dense = vitexplain.explain(model, images, method=REFERENCED_METHODS, backend="dense")
+    for name in REFERENCED_METHODS:
+        # LRP divides by sums that cancel to almost nothing: rounding grows a millionfold on the larger random models
+        limit = 1e-5 if name in ("lrp", "partial_lrp") else 2.4e-7
+        assert relative_error(ours[name].maps, dense[name].maps) <= limit, name
+
+
+@pytest.mark.parametrize("shape", MODEL_SHAPES)
+@pytest.mark.parametrize("name", ["transformer_attribution", "partial_lrp", "lrp", "conservative_lrp"])
+def test_relevance_in_float32_is_no_further_off_than_plain_torch(shape: str, name: str) -> None:
+    model = build_model(**MODEL_SHAPES[shape])
+    images = images_for(model, 8)
+    reference, plain = DenseReference(model, images), DenseReference(model, images, dtype=torch.float32)
+    target = reference.logits.argmax(-1)
+    explanation = vitexplain.explain(model, images, target=target, method=name)
+    exact = reference.explain(name, target)
+    ours = explanation.maps if explanation.maps.shape == exact.shape else all_tokens(explanation)
+    # image by image, and the median: where a quotient is 0 / 0 up to rounding, one image is lost to both
+    error, eager = (_by_image(values, exact).median() for values in (ours, plain.explain(name, target)))
+    assert torch.isfinite(explanation.maps).all()
+    assert error <= 4 * eager + 1e-5, f"error {error:.2e}, plain torch {eager:.2e}"
+
+
+def _by_image(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    difference = (values.double() - exact).flatten(1).norm(dim=1)
+    return difference / exact.flatten(1).norm(dim=1).clamp_min(1e-300)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -59,9 +91,9 @@ def test_low_precision_stays_within_the_error_budget(shape: str, dtype: torch.dt
     images = images_for(model, 8).to(dtype)
     reference, plain = DenseReference(model, images), DenseReference(model, images, dtype=dtype)
     target = reference.logits.argmax(-1)
-    ours = vitexplain.explain(model, images, target=target, method=METHODS)
+    ours = vitexplain.explain(model, images, target=target, method=PLAIN_METHODS)
     eps = torch.finfo(dtype).eps
-    for name in METHODS:
+    for name in PLAIN_METHODS:
         exact = reference.explain(name, target)
         eager = rms_error(plain.explain(name, target), exact)
         error = rms_error(all_tokens(ours[name]), exact)
@@ -87,17 +119,20 @@ def _option_cases() -> list[tuple[str, dict[str, object]]]:
         *(("iba", {"relevance": relevance}) for relevance in ("gradient", "gain", "probability", "uniform")),
         ("rollout", {"start_block": 1}),
         ("transformer_mm", {"start_block": 2}),
+        ("transformer_attribution", {"start_block": 1}),
+        ("integrated_gradients", {"steps": 3}),
+        ("integrated_gradients", {"baseline": 0.5}),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "options"), _option_cases(), ids=str)
 @pytest.mark.parametrize("shape", ["registers_layerscale", "mean_pooling", "distilled"])
 def test_every_option_agrees_with_the_reference(shape: str, name: str, options: dict[str, object]) -> None:
-    model = build_model(**MODEL_SHAPES[shape])
-    images = images_for(model, 2)
+    model = build_model(**MODEL_SHAPES[shape]).double()
+    images = images_for(model, 2).double()
     ours = vitexplain.explain(model, images, method=name, **options)
     dense = vitexplain.explain(model, images, method=name, backend="dense", **options)
-    assert relative_error(ours.maps, dense.maps) <= 1e-5
+    assert relative_error(ours.maps, dense.maps) <= 1e-6
 
 
 def test_every_option_changes_the_map() -> None:
@@ -152,7 +187,7 @@ def test_moving_the_patches_moves_the_map(name: str) -> None:
 def test_blocks_without_separate_branches_get_the_methods_that_need_none(block_fn: type) -> None:
     model = build_model(block_fn=block_fn)
     images = images_for(model, 2)
-    methods = [name for name in METHODS if name != "tokentm"]
+    methods = [name for name in PLAIN_METHODS if name != "tokentm"]
     ours = vitexplain.explain(model, images, method=methods)
     dense = vitexplain.explain(model, images, method=methods, backend="dense")
     for name in methods:
@@ -163,13 +198,13 @@ def test_blocks_without_separate_branches_get_the_methods_that_need_none(block_f
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])
 def test_dynamic_image_sizes_give_their_own_grid(size: tuple[int, int]) -> None:
-    model = build_model(dynamic_img_size=True)
-    images = torch.randn(2, 3, *size)
+    model = build_model(dynamic_img_size=True).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
     ours = vitexplain.explain(model, images, method=METHODS)
     dense = vitexplain.explain(model, images, method=METHODS, backend="dense")
     for name in METHODS:
         assert ours[name].maps.shape == (2, size[0] // 8, size[1] // 8)
-        assert relative_error(ours[name].maps, dense[name].maps) <= 1e-5, name
+        assert relative_error(ours[name].maps, dense[name].maps) <= 1e-6, name
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES)

@@ -16,6 +16,8 @@ LEVELS = [
     {"explainer", "explanation"},
     {"methods"},
     {"relevance"},
+    {"relevance_tap"},
+    {"rules"},
     {"tap", "targets", "heatmap"},
     {"models", "fused_attention"},
     {"kernels"},

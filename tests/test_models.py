@@ -9,9 +9,7 @@ import torch
 import vitexplain
 from vitexplain.models import read_anatomy
 
-from .conftest import all_tokens, relative_error
-
-METHODS = [info.name for info in vitexplain.methods()]
+from .conftest import METHODS, all_tokens, relative_error
 
 ARCHITECTURES = {
     "test_vit": 1,

@@ -10,30 +10,42 @@ if TYPE_CHECKING:
     from .errors import ExplanationError, InputError, UnknownNameError, UnsupportedModelError
     from .explainer import Explainer, explain
     from .explanation import Explanation
+    from .models import Anatomy, BlockAnatomy, ResidualBranches
+    from .targets import margin, similarity
 
     __version__: str
 
 __all__ = [
+    "Anatomy",
+    "BlockAnatomy",
     "Explainer",
     "Explanation",
     "ExplanationError",
     "InputError",
+    "ResidualBranches",
     "UnknownNameError",
     "UnsupportedModelError",
     "__version__",
     "explain",
+    "margin",
     "methods",
+    "similarity",
 ]
 
 # Where each name comes from; loaded at first use, so that importing this package does not load torch.
 _HOMES = {
+    "Anatomy": "models",
+    "BlockAnatomy": "models",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "ExplanationError": "errors",
     "InputError": "errors",
+    "ResidualBranches": "models",
     "UnknownNameError": "errors",
     "UnsupportedModelError": "errors",
     "explain": "explainer",
+    "margin": "targets",
+    "similarity": "targets",
 }
 
 

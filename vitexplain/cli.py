@@ -99,7 +99,7 @@ def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
 
     table = Table(show_lines=True, title="Methods")
     for column in ("name", "paper", "cost", "options"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for info in listed():
         options = "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in info.options) or "–"
         rows = "; all rows" if info.all_rows else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,32 +15,41 @@ from .explanation import Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
-from .methods import Method, build_methods
-from .models import read_anatomy
+from .methods import CaptumMethod, Method, build_methods
+from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
     Trace,
     contribution_of_all_rows,
     recorded_gradients,
     start_rows,
     walk_with_gradient,
+    walk_with_relevance,
     walk_without_gradient,
 )
-from .tap import Request, Tap
-from .targets import resolve_target
+from .relevance_tap import RelevanceTap
+from .tap import Request, Tap, frozen
+from .targets import Target, targets_of
 
 BACKENDS = (*KERNEL_BACKENDS, "dense")
+
+Score = Callable[[Tensor], Tensor]
 
 
 class Explainer:
     """Explains a model's predictions, without ever storing an attention map.
 
     Args:
-        model: a timm ``VisionTransformer`` (possibly compiled or wrapped for data parallelism); left as it was after each
-            call, also after an exception. It is run in evaluation mode.
+        model: a model of a known family (timm's and torchvision's Vision Transformers, transformers' image models and BERT-like
+            text classifiers; possibly compiled or wrapped for data parallelism), or any other with ``anatomy``. It is left as it
+            was after each call, also after an exception, and is run in evaluation mode.
         method: a name or ``Method``, or several, which then share one forward and backward. ``vitexplain.methods()`` lists them.
         backend: ``"auto"`` (Triton on CUDA, tiled torch elsewhere), ``"triton"``, ``"torch"``, or ``"dense"``, the float64
             reference that stores every map. An explicit choice is honoured or refused, never replaced.
         rows: ``"all"`` also returns the whole n × n map of contributions of chain methods.
+        score: what is explained instead of a class logit: a differentiable function of the model's output (B, C) to (B,), or to
+            (B, K) for K explanations an image that share the forward. See ``margin`` and ``similarity``. A string is the option
+            of that name of the methods that have one.
+        anatomy: a description of the model, for one of no known family.
         **options: the methods' options; each goes to every named method that has it.
 
     Raises:
@@ -56,47 +65,62 @@ class Explainer:
         backend: str = "auto",
         *,
         rows: str | None = None,
+        score: Score | str | None = None,
+        anatomy: Anatomy | None = None,
         **options: Any,
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, received {backend!r}")
         if rows not in (None, "all"):
             raise InputError(f"rows: expected None or 'all', received {rows!r}")
+        if score is not None and not callable(score):
+            options["score"] = score
+        self.score: Score | None = score if callable(score) else None
         self.methods = build_methods(method, options)
         self.backend = backend
         self.rows = rows
-        self.anatomy = read_anatomy(model)
+        self.anatomy = read_anatomy(model) if anatomy is None else _described(model, anatomy)
         self._several = not isinstance(method, str | Method)
-        for item in self.methods:
-            item.check(self.anatomy)
-            if rows == "all" and not item.is_chain:
-                raise InputError(f"rows='all': expected methods that chain update maps, received {item.name!r}")
+        self._check_methods()
 
-    def attribute(self, images: Tensor, target: Any = None) -> Explanation | dict[str, Explanation]:
-        """Explain a batch of images.
+    def attribute(self, inputs: Tensor | Mapping[str, Tensor], target: Any = None) -> Explanation | dict[str, Explanation]:
+        """Explain a batch of images, or of texts.
 
         Args:
-            images: (B, c, h, w), as the model takes them: normalised, in the model's dtype, on its device.
+            inputs: images (B, c, h, w), as the model takes them: normalised, in the model's dtype, on its device; for a model of
+                text what its tokenizer returns, at least ``input_ids`` (B, n), with ``attention_mask`` where there is padding.
             target: class to explain: None for the predicted one, an int, a list or tensor (B,), or (B, K) for several
-                classes an image, which share the forward.
+                classes an image, which share the forward. None where a ``score`` says what is explained.
 
-        A whole call can be captured in a CUDA graph, after one that was not; nothing is then checked that needs a look at values.
+        A whole call on images can be captured in a CUDA graph, after one that was not; nothing is then checked that needs a look
+        at values.
 
         Returns:
             One ``Explanation``, or a dict by method name where several methods were asked for.
 
         Raises:
-            InputError: images or target that do not fit.
+            InputError: inputs or target that do not fit.
             UnsupportedModelError: the running model does something that cannot be explained.
         """
-        images = self._check_images(images)
-        if self.backend == "dense":
-            explanations = self._dense(images, target)
-        else:
-            explanations = self._matrix_free(images, target)
+        inputs = self._check_tokens(inputs) if self.anatomy.is_text else self._check_images(inputs)
+        explain = self._dense if self.backend == "dense" else self._matrix_free
+        explanations = explain(inputs, target)
         return explanations if self._several else next(iter(explanations.values()))
 
     # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_methods(self) -> None:
+        name = type(self.anatomy.model).__name__
+        if not self.anatomy.has_classes and self.score is None:
+            raise UnsupportedModelError(
+                f"{name} has no classifier: expected a model with logits, or score= to say what of its embedding is explained"
+            )
+        for method in self.methods:
+            method.check(self.anatomy)
+            if self.rows == "all" and not method.is_chain:
+                raise InputError(f"rows='all': expected methods that chain update maps, received {method.name!r}")
+            if self.score is not None and method.needs_class:
+                raise InputError(f"score: {method.name!r} with these options explains a class's probability, received a function")
 
     def _check_images(self, images: Any) -> Tensor:
         if not isinstance(images, Tensor):
@@ -112,161 +136,302 @@ class Explainer:
         self.anatomy.check_image_size(*images.shape[1:])
         if not capturing(images.device) and not torch.isfinite(images).all():
             raise InputError("images: expected finite values, received NaN or infinity")
-        if self.backend != "dense":
-            try:
-                choose_backend(self.backend, images.device)  # refuse before any work is done
-            except RuntimeError as error:
-                raise InputError(str(error)) from error
+        self._check_backend(images.device)
         return images.detach()
 
-    def _check_logits(self, logits: Any, batch: int) -> Tensor:
+    def _check_tokens(self, inputs: Any) -> dict[str, Tensor]:
+        if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
+            raise InputError(
+                f"inputs: expected a mapping with input_ids (B, n), as a tokenizer returns it, received {type(inputs).__name__}"
+            )
+        inputs, ids = dict(inputs), inputs["input_ids"]
+        if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point():
+            raise InputError(f"input_ids: expected integers (B, n) with B ≥ 1, received {ids.dtype} {tuple(ids.shape)}")
+        device = next(self.anatomy.model.parameters()).device
+        for name, tensor in inputs.items():
+            if not isinstance(tensor, Tensor) or tensor.shape[:2] != ids.shape:
+                received = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise InputError(
+                    f"{name}: expected a tensor of shape {tuple(ids.shape)} (that of input_ids), received {received}"
+                )
+            if tensor.device != device:
+                raise InputError(f"{name}: expected device {device} (the model's), received {tensor.device}")
+        mask = self.anatomy.token_mask(inputs) if self.anatomy.token_mask is not None else None
+        if mask is not None and not bool(mask[:, 0].all()):
+            raise InputError(
+                "attention_mask: expected every text's first token, which the head reads, to take part; one does not"
+            )
+        self._check_backend(device)
+        return inputs
+
+    def _check_backend(self, device: torch.device) -> None:
+        """Refuse a backend that cannot run before any work is done."""
+        if self.backend != "dense":
+            try:
+                choose_backend(self.backend, device)
+            except RuntimeError as error:
+                raise InputError(str(error)) from error
+
+    def _check_output(self, output: Any, batch: int) -> Tensor:
         expected = (batch, self.anatomy.num_classes)
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-            received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
+            received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        if not capturing(logits.device) and not torch.isfinite(logits).all():
-            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {logits.dtype})")
-        return logits
+        if not capturing(output.device) and not torch.isfinite(output).all():
+            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
+        return output
 
     # -- the two ways ------------------------------------------------------------------------------------------------
 
-    def _matrix_free(self, images: Tensor, target: Any) -> dict[str, Explanation]:
-        with torch.inference_mode(False), Tap(self.anatomy, self._request(), self.backend) as tap:
-            images = images.clone() if images.is_inference() else images
-            logits = self._check_logits(tap.forward(images), len(images))
-            classes = resolve_target(target, logits.detach())
-            columns = classes.unsqueeze(1) if classes.dim() == 1 else classes
-            grid = self.anatomy.grid(*images.shape[-2:])
-            num_tokens = self.anatomy.num_prefix_tokens + grid[0] * grid[1]
-            pooling, support = start_rows(tap, num_tokens, len(images), tap.blocks[-1].key.dtype, images.device)
-            rows = pooling
-            if self.rows == "all":
-                rows = torch.eye(num_tokens, dtype=pooling.dtype, device=images.device).expand(len(images), -1, -1)
-                support = num_tokens
-            trace = Trace(self.anatomy, tap.blocks, rows, support)
-            walk = self._walk if self.rows is None else self._walk_all_rows
-            values = walk(tap, trace, logits, columns)
-        return {
-            method.name: self._explanation(method, values[method.name], pooling, classes, logits.detach(), grid)
-            for method in self.methods
-        }
+    def _matrix_free(self, inputs: Any, target: Any) -> dict[str, Explanation]:
+        with torch.inference_mode(False):
+            if isinstance(inputs, Tensor):
+                inputs = inputs.clone() if inputs.is_inference() else inputs
+            run = _Run(self, inputs, target)
+            run.walk_beside_the_model()
+            run.walk_with_rules()
+            run.run_captum()
+        return {method.name: self._explanation(method, run) for method in self.methods}
 
-    def _request(self) -> Request:
-        methods, num_blocks = self.methods, len(self.anatomy.blocks)
-        return Request(
-            first_block=min(method.first_block(num_blocks) for method in methods),
-            gradient=any(method.uses_gradient for method in methods),
-            input_gradient=any(method.uses_input_gradient for method in methods),
-            keep_reads=any(method.uses_reads for method in methods),
-            branches=any(method.uses_branches for method in methods),
-            observers=tuple(method for method in methods if method.observes),
-        )
-
-    def _walk(self, tap: Tap, trace: Trace, logits: Tensor, columns: Tensor) -> dict[str, Tensor]:
-        """Values (B, K, R, n) of every method, sharing one backward for each class and explained score."""
-        num_targets = columns.shape[1]
-        values: dict[str, list[Tensor]] = {method.name: [] for method in self.methods}
-        by_score: dict[str, list[Method]] = {}
-        for method in self.methods:
-            if method.uses_gradient:
-                by_score.setdefault(method.explained_score, []).append(method)
-                continue
-            for k in range(num_targets if method.uses_target else 1):
-                values[method.name].append(walk_without_gradient(trace, method, columns[:, k]))
-        passes = [(score, k) for score in by_score for k in range(num_targets)]
-        for number, (score, k) in enumerate(passes):
-            target = columns[:, k]
-            scalars = _scalars(logits, target, score)
-            last = number == len(passes) - 1
-            for method, result in zip(
-                by_score[score], walk_with_gradient(tap, trace, by_score[score], scalars, target, last=last), strict=True
-            ):
-                values[method.name].append(result)
-        return {
-            name: torch.stack(results if len(results) == num_targets else results * num_targets, 1)
-            for name, results in values.items()
-        }
-
-    def _walk_all_rows(self, tap: Tap, trace: Trace, logits: Tensor, columns: Tensor) -> dict[str, Tensor]:
-        """The whole product (B, K, n, n) of every method, from the first block up."""
-        num_targets = columns.shape[1]
-        values: dict[str, list[Tensor]] = {
-            method.name: [contribution_of_all_rows(trace, method, {})] * num_targets
-            for method in self.methods
-            if not method.uses_gradient
-        }
-        scores = dict.fromkeys(method.explained_score for method in self.methods if method.uses_gradient)
-        passes = [(score, k) for score in scores for k in range(num_targets)]
-        for number, (score, k) in enumerate(passes):
-            scalars = _scalars(logits, columns[:, k], score)
-            grad_out = recorded_gradients(tap, scalars, last=number == len(passes) - 1)
-            for method in self.methods:
-                if method.uses_gradient and method.explained_score == score:
-                    values.setdefault(method.name, []).append(contribution_of_all_rows(trace, method, grad_out))
-        return {name: torch.stack(results, 1) for name, results in values.items()}
-
-    def _dense(self, images: Tensor, target: Any) -> dict[str, Explanation]:
+    def _dense(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         from .testing.dense import DenseReference  # loads only where it is asked for
 
-        reference = DenseReference(self.anatomy.model, images)
-        logits = self._check_logits(reference.logits, len(images))
-        classes = resolve_target(target, logits)
-        columns = classes.unsqueeze(1) if classes.dim() == 1 else classes
-        grid = self.anatomy.grid(*images.shape[-2:])
-        explanations = {}
         for method in self.methods:
-            explained = [reference.explain(method.name, column, rows=self.rows, **asdict(method)) for column in columns.unbind(1)]
-            values = torch.stack(explained, 1)
-            if self.rows is None:
-                values = values.unsqueeze(2)
-            pooling = reference.pooling.unsqueeze(1)
-            explanations[method.name] = self._explanation(method, values, pooling, classes, logits.to(images.dtype), grid)
-        return explanations
+            if not hasattr(DenseReference, f"_{method.name}"):
+                raise InputError(
+                    f"backend 'dense': there is no reference of {method.name!r}, whose values depend on random numbers"
+                )
+        try:
+            reference = DenseReference(self.anatomy.model, inputs)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(f"backend 'dense': {error}") from error
+        run = _Run(self, inputs, target)
+        run.set_output(reference.logits)
+        run.pooling = reference.pooling.unsqueeze(1)
+        for method in self.methods:
+            options = asdict(method)
+            for item in run.targets:
+                values = reference.explain(method.name, item.value, rows=self.rows, **options)
+                run.add(method, values if self.rows == "all" else values.unsqueeze(1))
+        run.output = reference.logits.to(next(self.anatomy.model.parameters()).dtype)
+        return {method.name: self._explanation(method, run) for method in self.methods}
 
-    def _explanation(
-        self, method: Method, values: Tensor, pooling: Tensor, classes: Tensor, logits: Tensor, grid: tuple[int, int]
-    ) -> Explanation:
-        """Split values (B, K, R, n) into prefix tokens and the patch grid."""
+    def _explanation(self, method: Method, run: _Run) -> Explanation:
+        """Split values (B, K, R, n) into prefix tokens and the patch grid; pixels (B, K, 1, h, w) are a map already."""
+        values = torch.stack(run.values[method.name], 1).float()
+        if len(run.targets) > values.shape[1]:  # the same for every target
+            values = values.expand(-1, len(run.targets), *values.shape[2:])
         contribution = None
-        if self.rows == "all":
-            contribution = values.float()
-            row = (pooling.unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
+        if method.resolution == "pixels":
+            maps, prefix_values = values.squeeze(2), values.new_empty(*values.shape[:2], 0)
         else:
             row = values.squeeze(2)
-        if classes.dim() == 1:
-            row = row[:, 0]
+            if self.rows == "all":
+                contribution, row = values, (run.pooling.float().unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
+            prefix = self.anatomy.num_prefix_tokens
+            maps, prefix_values = row[..., prefix:], row[..., :prefix]
+            maps = maps if run.grid is None else maps.unflatten(-1, run.grid)
+        if not run.has_target_axis:
+            maps, prefix_values = maps[:, 0], prefix_values[:, 0]
             contribution = None if contribution is None else contribution[:, 0]
-        prefix = self.anatomy.num_prefix_tokens
         return Explanation(
             method=method.name,
             options=asdict(method),
-            maps=row[..., prefix:].unflatten(-1, grid).float().contiguous(),
-            target=classes,
-            logits=logits,
-            prefix_values=row[..., :prefix].float().contiguous(),
+            maps=maps.contiguous(),
+            target=run.classes,
+            logits=run.output.detach(),
+            prefix_values=prefix_values.contiguous(),
             contribution=contribution,
         )
 
 
+class _Run:
+    """One call of ``attribute``: its inputs, what is explained of them, and the values found so far.
+
+    Attributes:
+        values: by method, one (B, R, n) or (B, 1, h, w) a target, or a single one where it is the same for all.
+        output: the model's.
+        classes, targets, has_target_axis: see ``targets_of``.
+        pooling: the head's pooling weights (B, 1, n).
+        grid: of patches; None for text.
+    """
+
+    def __init__(self, explainer: Explainer, inputs: Any, target: Any) -> None:
+        self.explainer, self.inputs, self.target = explainer, inputs, target
+        self.anatomy, self.methods, self.rows = explainer.anatomy, explainer.methods, explainer.rows
+        self.values: dict[str, list[Tensor]] = {}
+        self.output: Tensor | None = None
+        self.classes: Tensor | None = None
+        self.targets: list[Target] = []
+        self.has_target_axis = False
+        self.pooling: Tensor | None = None
+        self.grad_out: list[dict[int, Tensor]] = []
+        if self.anatomy.is_text:
+            self.grid = None
+            self.batch, num_patches = inputs["input_ids"].shape
+        else:
+            self.grid = self.anatomy.grid(*inputs.shape[-2:])
+            self.batch, num_patches = len(inputs), self.grid[0] * self.grid[1]
+        self.num_tokens = self.anatomy.num_prefix_tokens + num_patches
+
+    def add(self, method: Method, values: Tensor) -> None:
+        """Values of the next target."""
+        self.values.setdefault(method.name, []).append(values)
+
+    def set_output(self, output: Any) -> Tensor:
+        """Take a forward's output; the first one decides what is explained."""
+        output = self.explainer._check_output(output, self.batch)
+        if self.output is None:
+            self.output = output.detach()
+            self.classes, self.targets, self.has_target_axis = targets_of(self.target, output, self.explainer.score)
+        return output
+
+    # -- beside the model's own backward -----------------------------------------------------------------------------
+
+    def walk_beside_the_model(self) -> None:
+        """The methods that need nothing but the model's forward and its gradient, in one pass of each."""
+        plain = [method for method in self.methods if method.rules is None and not isinstance(method, CaptumMethod)]
+        recorded = [method for method in self.methods if method.rules is not None and method.uses_gradient]
+        if not plain and not recorded:
+            return
+        request = self._request(plain, recorded)
+        with Tap(self.anatomy, request, self.explainer.backend) as tap:
+            output = self.set_output(tap.forward(self.inputs))
+            trace = self._trace(tap)
+            if plain:
+                walk = self._walk if self.rows is None else self._walk_all_rows
+                walk(plain, tap, trace, output, last=not recorded)
+            if recorded:
+                for number, target in enumerate(self.targets):
+                    last = number == len(self.targets) - 1
+                    self.grad_out.append(recorded_gradients(tap, _scalars(output, target, "logit"), last=last))
+
+    def _request(self, plain: list[Method], recorded: list[Method]) -> Request:
+        num_blocks = len(self.anatomy.blocks)
+        return Request(
+            first_block=min(method.first_block(num_blocks) for method in plain + recorded),
+            gradient=bool(recorded) or any(method.uses_gradient for method in plain),
+            input_gradient=any(method.uses_input_gradient for method in plain),
+            attention_input_gradient=any(method.uses_attention_input_gradient for method in plain),
+            keep_reads=any(method.uses_reads for method in plain),
+            branches=any(method.uses_branches for method in plain),
+            observers=tuple(method for method in plain if method.observes),
+        )
+
+    def _trace(self, tap: Tap) -> Trace:
+        last = tap.blocks[-1].key
+        pooling, support = start_rows(tap, self.num_tokens, self.batch, last.dtype, last.device)
+        self.pooling = pooling if self.pooling is None else self.pooling
+        if self.rows == "all":
+            identity = torch.eye(self.num_tokens, dtype=pooling.dtype, device=pooling.device).expand(self.batch, -1, -1)
+            return Trace(self.anatomy, tap.blocks, identity, self.num_tokens)
+        return Trace(self.anatomy, tap.blocks, pooling, support)
+
+    def _walk(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, last: bool) -> None:
+        """Values (B, 1, n) of every method, sharing one backward for each target and explained score."""
+        by_score: dict[str, list[Method]] = {}
+        for method in methods:
+            if method.uses_gradient:
+                by_score.setdefault(method.explained_score, []).append(method)
+                continue
+            for target in self.targets if method.uses_target else self.targets[:1]:
+                self.add(method, walk_without_gradient(trace, method, target))
+        passes = [(score, target) for score in by_score for target in self.targets]
+        for number, (score, target) in enumerate(passes):
+            scalars = _scalars(output, target, score)
+            final = last and number == len(passes) - 1
+            values = walk_with_gradient(tap, trace, by_score[score], scalars, target, last=final)
+            for method, value in zip(by_score[score], values, strict=True):
+                self.add(method, value)
+
+    def _walk_all_rows(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, last: bool) -> None:
+        """The whole product (B, n, n) of every method, from the first block up."""
+        for method in methods:
+            if not method.uses_gradient:
+                self.add(method, contribution_of_all_rows(trace, method, {}))
+        scores = dict.fromkeys(method.explained_score for method in methods if method.uses_gradient)
+        passes = [(score, target) for score in scores for target in self.targets]
+        for number, (score, target) in enumerate(passes):
+            scalars = _scalars(output, target, score)
+            grad_out = recorded_gradients(tap, scalars, last=last and number == len(passes) - 1)
+            for method in methods:
+                if method.uses_gradient and method.explained_score == score:
+                    self.add(method, contribution_of_all_rows(trace, method, grad_out))
+
+    # -- with rules of relevance -------------------------------------------------------------------------------------
+
+    def walk_with_rules(self) -> None:
+        """The methods that send relevance back: a forward under each set of rules, and a pass for each target."""
+        by_rules: dict[str, list[Method]] = {}
+        for method in self.methods:
+            if method.rules is not None:
+                by_rules.setdefault(method.rules, []).append(method)
+        for rules, methods in by_rules.items():
+            first_block = min(method.first_block(len(self.anatomy.blocks)) for method in methods)
+            to_inputs = any(method.to_inputs for method in methods)
+            with RelevanceTap(
+                self.anatomy, rules, first_block=first_block, to_inputs=to_inputs, backend=self.explainer.backend
+            ) as tap:
+                output = self.set_output(tap.forward(self.inputs))
+                trace = self._trace(tap)
+                for number, target in enumerate(self.targets):
+                    last = number == len(self.targets) - 1
+                    grad_out = self.grad_out[number] if self.grad_out else {}
+                    scalars = _scalars(output, target, "logit")
+                    values = walk_with_relevance(tap, trace, methods, scalars, target, grad_out, last=last)
+                    for method, value in zip(methods, values, strict=True):
+                        self.add(method, value)
+
+    # -- by captum ---------------------------------------------------------------------------------------------------
+
+    def run_captum(self) -> None:
+        """The adapters, which run the model as often as they like."""
+        methods = [method for method in self.methods if isinstance(method, CaptumMethod)]
+        if not methods:
+            return
+        with frozen(self.anatomy):
+            if self.output is None:
+                with torch.no_grad():
+                    self.set_output(self.anatomy.run(self.inputs))
+            for method in methods:
+                for target in self.targets:
+                    self.add(method, method.values(self.anatomy, self.inputs, target))
+
+
+def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:
+    """A user's description of a model, where it is one of this model."""
+    if not isinstance(anatomy, Anatomy):
+        raise InputError(f"anatomy: expected a vitexplain.Anatomy, received {type(anatomy).__name__}")
+    if unwrap(model) is not unwrap(anatomy.model):
+        raise InputError(
+            f"anatomy: expected a description of the model that is to be explained ({type(model).__name__}), "
+            f"received one of another {type(anatomy.model).__name__}"
+        )
+    if not anatomy.blocks:
+        raise InputError("anatomy: expected at least one block, received none")
+    return anatomy
+
+
 def explain(
     model: nn.Module,
-    images: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     target: Any = None,
     method: str | Method | Iterable[str | Method] = "tokentm",
     backend: str = "auto",
     *,
     rows: str | None = None,
+    score: Score | str | None = None,
+    anatomy: Anatomy | None = None,
     **options: Any,
 ) -> Explanation | dict[str, Explanation]:
-    """Explain a batch of images in one call; see ``Explainer`` and ``Explainer.attribute``."""
-    return Explainer(model, method, backend, rows=rows, **options).attribute(images, target)
+    """Explain a batch of images or texts in one call; see ``Explainer`` and ``Explainer.attribute``."""
+    return Explainer(model, method, backend, rows=rows, score=score, anatomy=anatomy, **options).attribute(inputs, target)
 
 
-def _scalars(logits: Tensor, target: Tensor, score: str) -> Tensor:
-    """The explained scalar of each image, (B,): the class's logit or its probability."""
-    scores = logits.to(accumulation_dtype(logits.dtype))
-    scores = scores.softmax(-1) if score == "probability" else scores
-    return scores.gather(1, target.unsqueeze(1)).squeeze(1)
+def _scalars(output: Tensor, target: Target, score: str) -> Tensor:
+    """The explained scalar of each image, (B,): the target's value, or its class's probability."""
+    output = output.to(accumulation_dtype(output.dtype))
+    return target.probability(output) if score == "probability" else target.value(output)
 
 
 __all__ = ["BACKENDS", "Explainer", "explain"]

@@ -24,9 +24,9 @@ class Explanation:
     Attributes:
         method: name of the method.
         options: the method's options as used.
-        maps: (B, gh, gw), or (B, K, gh, gw) for K classes an image; float32 on the input's device, one value per patch,
-            not normalised.
-        target: (B,) or (B, K) int64, the explained classes.
+        maps: (B, gh, gw), or (B, K, gh, gw) for K targets an image; float32 on the input's device, one value per patch,
+            not normalised. One per pixel, (…, h, w), for methods that explain pixels; one per token, (…, n), for text.
+        target: (B,) or (B, K) int64, the explained classes; None where a score of its own was explained.
         logits: (B, classes), the model's output.
         prefix_values: (B, p) or (B, K, p), the values of the tokens before the patches.
         contribution: (B, n, n) or (B, K, n, n), the whole map of token contributions, where all rows were asked for.
@@ -35,7 +35,7 @@ class Explanation:
     method: str
     options: dict[str, Any]
     maps: Tensor
-    target: Tensor
+    target: Tensor | None
     logits: Tensor
     prefix_values: Tensor
     contribution: Tensor | None = None

@@ -1,7 +1,7 @@
 """torch's own fused attention, forward and backward, with the logsumexp kept.
 
 ``F.scaled_dot_product_attention`` does not hand out its logsumexp, so the library operators behind it are called directly:
-flash on a CPU, flash or memory-efficient attention on CUDA.
+flash on a CPU, flash or memory-efficient attention on CUDA (the latter where there is a mask).
 """
 
 from __future__ import annotations
@@ -24,30 +24,42 @@ class AttentionState:
     Attributes:
         operator: ``"cpu"``, ``"flash"`` or ``"efficient"``.
         saved_logsumexp: as the operator returned it; ``logsumexp`` is the part that belongs to queries.
-        logsumexp: (B, H, m), natural logarithm, of the scaled scores.
+        logsumexp: (B, H, m), natural logarithm, of the scaled and masked scores.
         extras: the operator's other results.
+        bias: what was added to the scores, as the operator took it.
     """
 
     operator: str
     saved_logsumexp: Tensor
     logsumexp: Tensor
     extras: tuple[Any, ...] = ()
+    bias: Tensor | None = None
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, AttentionState]:
-    """Fused attention of (B, H, m, dh), (B, H, n, dh), (B, H, n, dv) without mask or dropout; output (B, H, m, dv)."""
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, AttentionState]:
+    """Fused attention of (B, H, m, dh), (B, H, n, dh), (B, H, n, dv) without dropout; output (B, H, m, dv).
+
+    ``mask`` broadcasts to (B, H, m, n): boolean, True where a key takes part, or added to the scores.
+    """
+    bias = None if mask is None else _bias(mask, query.dtype)
     if query.device.type == "cpu":
-        out, logsumexp = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
-        return out, AttentionState("cpu", logsumexp, logsumexp)
+        out, logsumexp = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=bias, scale=scale
+        )
+        return out, AttentionState("cpu", logsumexp, logsumexp, bias=bias)
     width, num_queries = value.shape[-1], query.shape[2]
+    if bias is not None:
+        bias = _aligned_bias(bias, (*query.shape[:3], key.shape[2]))
     query, key, value = (_aligned(tensor) for tensor in (query, key, value))
-    if query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
+    if bias is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
         out, logsumexp, *extras, _ = _ATEN._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
         return out[..., :width], AttentionState("flash", logsumexp, logsumexp, tuple(extras))
     out, logsumexp, *extras = _ATEN._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, 0.0, False, scale=scale
+        query, key, value, bias, True, 0.0, False, scale=scale
     )
-    return out[..., :width], AttentionState("efficient", logsumexp, logsumexp[..., :num_queries], tuple(extras))
+    return out[..., :width], AttentionState("efficient", logsumexp, logsumexp[..., :num_queries], tuple(extras), bias)
 
 
 def attention_backward(
@@ -56,7 +68,7 @@ def attention_backward(
     """Gradients of query, key and value by the library's fused backward."""
     if state.operator == "cpu":
         return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, state.saved_logsumexp, 0.0, False, scale=scale
+            grad_out, query, key, value, out, state.saved_logsumexp, 0.0, False, attn_mask=state.bias, scale=scale
         )
     widths = query.shape[-1], key.shape[-1], value.shape[-1]
     grad_out, query, key, value, out = (_aligned(tensor) for tensor in (grad_out, query, key, value, out))
@@ -68,7 +80,7 @@ def attention_backward(
         )  # fmt: skip
     else:
         *gradients, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
-            grad_out, query, key, value, None, out, state.saved_logsumexp, *state.extras,
+            grad_out, query, key, value, state.bias, out, state.saved_logsumexp, *state.extras,
             0.0, [True, True, True, False], False, scale=scale,
         )  # fmt: skip
     return tuple(gradient[..., :width] for gradient, width in zip(gradients, widths, strict=True))
@@ -82,6 +94,8 @@ def leading_rows_backward(
     grad_rows, query_rows, out_rows = (tensor[:, :, :num_rows].to(dtype) for tensor in (grad_out, query, out))
     wide_key, wide_value = key.to(dtype), value.to(dtype)
     scores = (query_rows * scale) @ wide_key.transpose(-1, -2)
+    if state.bias is not None:
+        scores = scores + (state.bias if state.bias.shape[-2] == 1 else state.bias[..., :num_rows, :])
     probabilities = (scores - state.logsumexp[:, :, :num_rows, None]).exp()  # (B, H, num_rows, n)
     grad_probabilities = grad_rows @ wide_value.transpose(-1, -2)
     delta = (grad_rows * out_rows).sum(-1, keepdim=True)
@@ -97,3 +111,18 @@ def _aligned(tensor: Tensor) -> Tensor:
     """Head width padded with zeros to the multiple of 8 that the CUDA operators want."""
     missing = -tensor.shape[-1] % 8
     return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores, in their element type."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def _aligned_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Expanded to (B, H, m, n), with rows that start at the addresses that the CUDA operator wants."""
+    missing = -bias.shape[-1] % 16
+    if missing:
+        bias = F.pad(bias, (0, missing))[..., :-missing]
+    return bias.expand(shape)

@@ -10,11 +10,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .kernels import attention_backward, contribution_map, head_norms, row_propagation, row_propagation_by_head
+from .kernels import (
+    attention_backward,
+    contribution_map,
+    head_norms,
+    relevance_backward,
+    relevance_rows,
+    row_propagation,
+    row_propagation_by_head,
+)
 from .kernels.attention_backward.choose import one_pass_is_faster
 from .kernels.dispatch import accumulation_dtype
 from .models import Anatomy
+from .relevance_tap import AttentionRelevance, RelevanceTap
 from .tap import BlockTrace, Tap
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,16 @@ class Update:
     token_factors: Tensor | None = None
 
 
+def uniform_rows(block: BlockTrace) -> Rows:
+    """The row that takes the mean over a block's tokens, padding left out."""
+    batch, _, n, _ = block.key.shape
+    dtype, device = accumulation_dtype(block.key.dtype), block.key.device
+    if block.valid_tokens is None:
+        return Rows(torch.full((batch, 1, n), 1 / n, dtype=dtype, device=device), n)
+    valid = block.valid_tokens.to(dtype)
+    return Rows((valid / valid.sum(-1, keepdim=True)).unsqueeze(1), n)
+
+
 def propagate(
     rows: Rows,
     block: BlockTrace,
@@ -118,6 +138,7 @@ def propagate(
         grad_out=grad_out[:, :, :m] if grad_out is not None else None,
         head_weights=head_weights,
         token_weights=token_weights,
+        mask=block.mask_of_rows(m),
         factor=factor,
         residual=residual,
         backend=block.backend,
@@ -153,6 +174,7 @@ def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: T
         head_weights=_norm_weights(block, update, grad_out, contribution.shape[1]),
         token_weights=update.token_weights,
         row_factors=update.token_factors,
+        mask=block.mask,
         factor=update.factor,
         residual=update.residual,
         backend=block.backend,
@@ -193,6 +215,7 @@ def _rows_and_norms(rows: Rows, block: BlockTrace, phi: str, grad_out: Tensor) -
         scale=block.scale,
         value=block.value,
         grad_out=grad_out[:, :, :m],
+        mask=block.mask_of_rows(m),
         norms=True,
         backend=block.backend,
     )
@@ -219,6 +242,7 @@ def _row_beside_backward(rows: Rows, block: BlockTrace, grad_out: Tensor, phi: s
         rows.values[:, 0],
         phi=phi,
         scale=block.scale,
+        mask=block.mask,
         norms=norms,
         backend=block.backend,
     )
@@ -231,9 +255,10 @@ class WalkingMethod(Protocol):
 
     name: str
 
-    def start(self, trace: Trace, target: Tensor) -> Any: ...
+    def start(self, trace: Trace, target: Target) -> Any: ...
     def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any: ...
     def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any: ...
+    def attention_input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any: ...
     def finish(self, state: Any, trace: Trace) -> Tensor: ...
     def first_block(self, num_blocks: int) -> int: ...
 
@@ -247,7 +272,7 @@ class ChainMethod(WalkingMethod, Protocol):
 class _BackwardWalk:
     """Listens to one backward and steps every method."""
 
-    def __init__(self, trace: Trace, methods: Sequence[WalkingMethod], target: Tensor) -> None:
+    def __init__(self, trace: Trace, methods: Sequence[WalkingMethod], target: Target) -> None:
         self.trace, self.methods = trace, methods
         self.states = [method.start(trace, target) for method in methods]
         self.first = [method.first_block(trace.num_blocks) for method in methods]
@@ -262,9 +287,13 @@ class _BackwardWalk:
             if block.index >= self.first[i]:
                 self.states[i] = method.input_step(self.states[i], block, tokens, grad_tokens)
 
+    def attention_input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None:
+        for i, method in enumerate(self.methods):
+            self.states[i] = method.attention_input_step(self.states[i], block, tokens, grad_tokens)
+
 
 def walk_with_gradient(
-    tap: Tap, trace: Trace, methods: Sequence[WalkingMethod], scalars: Tensor, target: Tensor, *, last: bool
+    tap: Tap, trace: Trace, methods: Sequence[WalkingMethod], scalars: Tensor, target: Target, *, last: bool
 ) -> list[Tensor]:
     """One backward of ``scalars`` (B,), one per image; returns (B, R, n) values for each method.
 
@@ -279,7 +308,7 @@ def walk_with_gradient(
     return [method.finish(state, trace) for method, state in zip(methods, listener.states, strict=True)]
 
 
-def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Tensor) -> Tensor:
+def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Target) -> Tensor:
     """The same walk for a method that needs no backward over the model."""
     state = method.start(trace, target)
     for block in reversed(trace.blocks[method.first_block(trace.num_blocks) :]):
@@ -297,6 +326,7 @@ class _Recorder:
         self.grad_out[block.index] = grad_out
 
     def input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None: ...
+    def attention_input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None: ...
 
 
 def recorded_gradients(tap: Tap, scalars: Tensor, *, last: bool) -> dict[int, Tensor]:
@@ -308,6 +338,80 @@ def recorded_gradients(tap: Tap, scalars: Tensor, *, last: bool) -> dict[int, Te
     finally:
         tap.listener = None
     return recorder.grad_out
+
+
+def relevant_rows(rows: Rows, attention: AttentionRelevance, grad_out: Tensor | None) -> Tensor:
+    """mean_h Σ_i r_i relu(G_h ⊙ R_h)[i, ·], R_h the relevance of the map; relu(R_h) where there is no gradient.
+
+    The relevance of query, key and value, where it is still to come, is made in the same pass.
+
+    Args:
+        rows: one running row an image, (B, 1, n).
+        attention: the attention that relevance has reached.
+        grad_out: (B, H, n, dv) or at least its first rows.
+
+    Returns:
+        (B, 1, n).
+    """
+    m = attention.num_rows
+    row = rows.values[:, 0, :m]
+    grad_out = None if grad_out is None else grad_out[:, :, :m]
+    if attention.wanted and attention.relevances is None:
+        *relevances, moved = relevance_backward(*attention.arguments(), rows=row, grad_out=grad_out, **attention.keywords())
+        attention.relevances = tuple(relevances)
+    else:
+        moved = relevance_rows(*attention.arguments(), row, grad_out=grad_out, **attention.keywords())
+    return moved.mean(1, keepdim=True)
+
+
+class RelevanceMethod(WalkingMethod, Protocol):
+    """A method that reads relevance on its way back through a model."""
+
+    to_inputs: bool
+
+    def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any: ...
+    def finish_at_inputs(self, inputs: Tensor, relevance: Tensor) -> Tensor: ...
+
+
+class _RelevanceWalk:
+    """Listens to one relevance pass and steps every method."""
+
+    def __init__(self, trace: Trace, methods: Sequence[RelevanceMethod], target: Target, grad_out: dict[int, Tensor]) -> None:
+        self.trace, self.methods, self.grad_out = trace, methods, grad_out
+        self.states = [method.start(trace, target) for method in methods]
+        self.first = [method.first_block(trace.num_blocks) for method in methods]
+
+    def attention_relevance(self, attention: AttentionRelevance) -> None:
+        index = attention.block.index
+        for i, method in enumerate(self.methods):
+            if index >= self.first[i]:
+                self.states[i] = method.relevance_step(self.states[i], self.trace, attention, self.grad_out.get(index))
+
+
+def walk_with_relevance(
+    tap: RelevanceTap,
+    trace: Trace,
+    methods: Sequence[RelevanceMethod],
+    scalars: Tensor,
+    target: Target,
+    grad_out: dict[int, Tensor],
+    *,
+    last: bool,
+) -> list[Tensor]:
+    """One relevance pass from ``scalars`` (B,); the values of each method.
+
+    ``grad_out``: gradients of attention outputs by block index, for the methods that need them.
+    """
+    listener = _RelevanceWalk(trace, methods, target, grad_out)
+    tap.relevance_listener = listener
+    try:
+        *_, relevance = torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
+    finally:
+        tap.relevance_listener = None
+    return [
+        method.finish_at_inputs(tap.leaves[-1].detach(), relevance) if method.to_inputs else method.finish(state, trace)
+        for method, state in zip(methods, listener.states, strict=True)
+    ]
 
 
 def contribution_of_all_rows(trace: Trace, method: ChainMethod, grad_out: dict[int, Tensor]) -> Tensor:
@@ -327,7 +431,7 @@ def start_rows(tap: Tap, num_tokens: int, batch: int, dtype: torch.dtype, device
         weights = tap.pooling_attention.to(dtype)
         weights = torch.nn.functional.pad(weights, (anatomy.pooled_prefix, 0))
         return weights.unsqueeze(1), num_tokens
-    weights = _on_device(tuple(anatomy.pooling_weights(num_tokens)), dtype, device)
+    weights = _on_device(tuple(anatomy.pooling(num_tokens)), dtype, device)
     return weights.expand(batch, 1, -1), anatomy.num_read_tokens or num_tokens
 
 

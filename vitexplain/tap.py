@@ -33,6 +33,8 @@ class BlockTrace:
         query, key, value: (B, H, n, dh), as they reached the attention.
         logsumexp: (B, H, n).
         scale: factor of the scores.
+        mask: broadcastable to (B, H, n, n), boolean or added to the scores, where the model uses one.
+        valid_tokens: (B, n) bool, False for padding, where the inputs have any.
         read_tokens: (B, m, d), leading rows of the block's input, kept where an observer asked.
         read_out: (B, H, m, dv), the same rows of the attention's output.
         out: (B, H, n, dv), the attention's output, while the gradient of its inputs is still to come.
@@ -51,6 +53,8 @@ class BlockTrace:
     value: Tensor | None = None
     logsumexp: Tensor | None = None
     scale: float = 0.0
+    mask: Tensor | None = None
+    valid_tokens: Tensor | None = None
     read_tokens: Tensor | None = None
     read_out: Tensor | None = None
     out: Tensor | None = None
@@ -60,6 +64,12 @@ class BlockTrace:
     tokens: Tensor | None = None
     mid_tokens: Tensor | None = None
     mlp_out: Tensor | None = None
+
+    def mask_of_rows(self, num_rows: int) -> Tensor | None:
+        """The mask of the first query rows."""
+        if self.mask is None or self.mask.shape[-2] == 1:
+            return self.mask
+        return self.mask[..., :num_rows, :]
 
 
 class Observer(Protocol):
@@ -77,6 +87,7 @@ class Request:
         gradient: a backward will follow.
         input_gradient: the gradient of each block's input is wanted too, down to ``first_block``'s.
         keep_reads: keep the rows that the head reads of each block's input and attention output.
+        attention_input_gradient: the gradient of what the last block's attention module is called with is wanted.
         branches: observers want y and f, so that the residual branches must be readable apart.
         observers: run after each block.
     """
@@ -84,6 +95,7 @@ class Request:
     first_block: int = 0
     gradient: bool = False
     input_gradient: bool = False
+    attention_input_gradient: bool = False
     keep_reads: bool = False
     branches: bool = False
     observers: tuple[Observer, ...] = ()
@@ -98,6 +110,9 @@ class GradientListener(Protocol):
     def input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None:
         """``tokens`` and ``grad_tokens`` (B, n, d): the block's input and its gradient."""
 
+    def attention_input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None:
+        """The same of what the last block's attention module is called with."""
+
 
 class TappedAttention(torch.autograd.Function):
     """Fused attention whose backward reports the gradient of its output.
@@ -108,7 +123,7 @@ class TappedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor | None, tap: Tap, block: BlockTrace) -> Tensor:  # noqa: ARG004
-        out, state = attention_forward(query, key, value, block.scale)
+        out, state = attention_forward(query, key, value, block.scale, block.mask)
         block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
         block.logsumexp = state.logsumexp
         ctx.save_for_backward(query, key, value, out)
@@ -137,8 +152,11 @@ class TappedAttention(torch.autograd.Function):
         return *gradients, grad_anchor, None, None
 
 
-class _SdpaMode(TorchFunctionMode):
-    """Offers every ``F.scaled_dot_product_attention`` call to a handler, which may decline it."""
+class SdpaMode(TorchFunctionMode):
+    """Offers every ``F.scaled_dot_product_attention`` call to a handler, which may decline it.
+
+    ``F.multi_head_attention_forward``, which would make that call out of sight, is taken apart.
+    """
 
     def __init__(self, handler: Callable[..., Tensor | None]) -> None:
         super().__init__()
@@ -150,6 +168,13 @@ class _SdpaMode(TorchFunctionMode):
             result = self.handler(*args, **kwargs)
             if result is not None:
                 return result
+        elif func is F.multi_head_attention_forward:
+            with self:
+                return multi_head_attention(*args, **kwargs)
+        return self.other(func, args, kwargs)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any other call."""
         return func(*args, **kwargs)
 
 
@@ -169,22 +194,28 @@ class Tap:
         self.anchor: Tensor | None = None
         self.leaves: list[Tensor] = []
         self.pooling_attention: Tensor | None = None
+        self.valid_tokens: Tensor | None = None
         self._stack = ExitStack()
         self._current: BlockTrace | None = None
         self._in_pool = False
         self._narrowing = False
 
     def __enter__(self) -> Tap:
-        self._stack.enter_context(_frozen(self.anatomy))
+        self._stack.enter_context(frozen(self.anatomy))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Run the model on (B, c, h, w); returns its logits, with a graph where a backward will follow."""
+    def forward(self, inputs: Any) -> Tensor:
+        """Run the model on images (B, c, h, w) or a mapping of text inputs; returns its output (B, num_classes).
+
+        The output has a graph where a backward will follow.
+        """
+        self.valid_tokens = self._valid_tokens(inputs)
         if self.request.gradient:
-            self.anchor = torch.zeros((), dtype=torch.float32, device=images.device, requires_grad=True)
+            device = next(self.anatomy.model.parameters()).device
+            self.anchor = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
             self.leaves = [self.anchor]
         with ExitStack() as stack:
             for block in self.blocks:
@@ -192,11 +223,20 @@ class Tap:
             if self.anatomy.attention_pool is not None:
                 self._hook_pool(self.anatomy.attention_pool, stack)
             stack.enter_context(torch.set_grad_enabled(self.request.gradient))
-            stack.enter_context(_SdpaMode(self._attention))
-            logits = self.anatomy.model(images)
+            stack.enter_context(self._mode())
+            output = self.anatomy.run(inputs)
         for block in self.blocks:
             self._expect_attention(block)
-        return logits
+        return output
+
+    def _mode(self) -> SdpaMode:
+        return SdpaMode(self._attention)
+
+    def _valid_tokens(self, inputs: Any) -> Tensor | None:
+        if self.anatomy.token_mask is None:
+            return None
+        valid = self.anatomy.token_mask(inputs)
+        return None if valid is None or bool(valid.all()) else valid
 
     def rows_read_of(self, block: BlockTrace) -> int | None:
         """Number of leading rows of this block's attention output that the explained scalar depends on; None for all."""
@@ -216,30 +256,41 @@ class Tap:
         enable_gqa: bool = False,
     ) -> Tensor | None:
         if self._in_pool:
-            self._record_pool(query, key, scale)
-            return None
+            return self._pool(query, key, value, scale)
         block = self._current
         if block is None or block.index < self.request.first_block:
             return None
         where = f"block {block.index} ({type(block.anatomy.block).__name__})"
         if block.query is not None:
             raise UnsupportedModelError(f"{where}: expected one attention call a block, received a second one")
-        if attn_mask is not None or is_causal or enable_gqa or dropout_p > 0:
-            what = "a mask" if attn_mask is not None or is_causal else "grouped heads" if enable_gqa else "dropout"
-            raise UnsupportedModelError(f"{where}: expected attention without mask, grouped heads or dropout, received {what}")
+        if dropout_p > 0:
+            raise UnsupportedModelError(f"{where}: expected attention without dropout, received dropout_p={dropout_p}")
+        if query.dim() != 4:
+            raise UnsupportedModelError(f"{where}: expected query (B, H, n, dh), received shape {tuple(query.shape)}")
+        if enable_gqa:  # every key head serves a group of query heads
+            key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
         query, key, value = _autocast(query, key, value)
+        block.valid_tokens = self.valid_tokens
+        if self.valid_tokens is not None:  # nobody attends to padding; without values it has no gradient of the map either
+            value = value * self.valid_tokens[:, None, :, None].to(value.dtype)
+        block.mask = _mask(attn_mask, key) if not is_causal else _causal(query, key)
         block.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return self._tapped(query, key, value, block)
+
+    def _tapped(self, query: Tensor, key: Tensor, value: Tensor, block: BlockTrace) -> Tensor:
         out = TappedAttention.apply(query, key, value, self.anchor, self, block)
         if self.request.keep_reads:
             rows = self.anatomy.num_read_tokens
             block.read_out = out.detach() if rows is None else out.detach()[:, :, :rows].clone()
         return out
 
-    def _record_pool(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+    def _pool(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:  # noqa: ARG002
+        """An attention pool's weights are noted; it runs as it is."""
         with torch.no_grad():
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             scores = query.float() @ key.float().transpose(-1, -2) * scale  # (B, H, latents, n): a row or so, not a map
             self.pooling_attention = scores.softmax(-1).mean((1, 2))
+        return None
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -247,9 +298,15 @@ class Tap:
         anatomy = block.anatomy
         wants = bool(self.request.observers) or self.request.keep_reads or self.request.input_gradient
         if wants:
-            _attach(stack, anatomy.block.register_forward_pre_hook(lambda _, args: self._enter_block(block, args)))
+            enter = anatomy.block.register_forward_pre_hook(
+                lambda _, args, kwargs: self._enter_block(block, args, kwargs), with_kwargs=True
+            )
+            _attach(stack, enter)
         if block.index >= self.request.first_block:
-            _attach(stack, anatomy.attention.register_forward_pre_hook(lambda *_: self._set_current(block)))
+            enter = anatomy.attention.register_forward_pre_hook(
+                lambda _, args, kwargs: self._enter_attention(block, args, kwargs), with_kwargs=True
+            )
+            _attach(stack, enter)
             _attach(stack, anatomy.attention.register_forward_hook(lambda *_: self._set_current(None), always_call=True))
         if anatomy.branches is not None and (self.request.branches or self._narrows(block)):
             branches = anatomy.branches
@@ -268,8 +325,22 @@ class Tap:
     def _set_current(self, block: BlockTrace | None) -> None:
         self._current = block
 
-    def _enter_block(self, block: BlockTrace, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        tokens = args[0]
+    def _enter_attention(self, block: BlockTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._set_current(block)
+        if not (self.request.attention_input_gradient and block.is_last):
+            return None
+        tokens = first_input(args, kwargs)
+        if not tokens.requires_grad:
+            tokens = tokens.detach().requires_grad_()
+            self.leaves.append(tokens)
+        values = tokens.detach()
+        tokens.register_hook(
+            lambda gradient: self.listener.attention_input_gradient(block, values, gradient) if self.listener else None
+        )
+        return with_every_input(tokens, args, kwargs)
+
+    def _enter_block(self, block: BlockTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = first_input(args, kwargs)
         if self.request.observers:
             block.tokens = tokens.detach()
         if self.request.keep_reads and block.index >= self.request.first_block:
@@ -282,7 +353,7 @@ class Tap:
             self.leaves.append(tokens)
         values = tokens.detach()
         tokens.register_hook(lambda gradient: self.listener.input_gradient(block, values, gradient) if self.listener else None)
-        return (tokens, *args[1:])
+        return with_first_input(tokens, args, kwargs)
 
     def _narrows(self, block: BlockTrace) -> bool:
         """The last MLP is run, or run with a graph, on the rows alone that the head reads; its other rows are never looked at."""
@@ -308,7 +379,8 @@ class Tap:
         if self._narrowing:
             return None
         if not self._narrows(block):
-            block.mlp_out = out.detach()
+            scale = block.anatomy.branches.mlp_scale()
+            block.mlp_out = out.detach() if scale is None else out.detach() * scale
             return None
         return F.pad(out, (0, 0, 0, block.mid_tokens.shape[1] - out.shape[1]))
 
@@ -341,8 +413,119 @@ def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor
     Returns:
         (B, m, d), the same rows of the block's output.
     """
-    with _SdpaMode(lambda *_, **__: attention_out):
-        return block.block(tokens)
+    absent = [(name, getattr(block.block, name)) for name in block.absent_in_replay]
+    try:
+        for name, _ in absent:
+            setattr(block.block, name, None)
+        with SdpaMode(lambda *_, **__: attention_out):
+            out = block.block(tokens)
+    finally:
+        for name, module in absent:
+            setattr(block.block, name, module)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tokens that a module is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_first_input(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other tokens."""
+    if args:
+        return (tokens, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): tokens}
+
+
+def with_every_input(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other tokens wherever they stand: ``nn.MultiheadAttention`` takes them three times."""
+    old = first_input(args, kwargs)
+    return tuple(tokens if arg is old else arg for arg in args), {
+        name: tokens if value is old else value for name, value in kwargs.items()
+    }
+
+
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,  # noqa: ARG001
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,  # noqa: ARG001 - those of a fused attention do not exist
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,  # noqa: ARG001
+    is_causal: bool = False,  # noqa: ARG001 - the mask is there as well
+) -> tuple[Tensor, None]:
+    """``F.multi_head_attention_forward`` written with ``F.linear`` and ``F.scaled_dot_product_attention``.
+
+    Takes and returns (n, B, d), as that function does, without weights.
+    """
+    for name, unusual in (("bias_k", bias_k), ("bias_v", bias_v), ("static_k", static_k), ("static_v", static_v)):
+        if unusual is not None:
+            raise UnsupportedModelError(f"nn.MultiheadAttention: expected {name}=None, received a tensor")
+    if add_zero_attn or query.dim() != 3:
+        what = "add_zero_attn=True" if add_zero_attn else f"unbatched inputs of shape {tuple(query.shape)}"
+        raise UnsupportedModelError(f"nn.MultiheadAttention: expected batched inputs without extra keys, received {what}")
+    if use_separate_proj_weight:
+        weights: Sequence[Tensor] = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        weights = in_proj_weight.chunk(3)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+
+    def heads(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        projected = F.linear(tokens.transpose(0, 1), weight, bias)  # (B, n, d)
+        return projected.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    projected = [heads(*inputs) for inputs in zip((query, key, value), weights, biases, strict=True)]
+    mask = _joined_masks(attn_mask, key_padding_mask, projected[0])
+    out = F.scaled_dot_product_attention(*projected, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
+    out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    return out.transpose(0, 1), None
+
+
+def _joined_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """``nn.MultiheadAttention``'s masks, whose True means left out, as one to be added to the scores."""
+    total = None
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (query.shape[0], -1))
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, None, None]
+    for mask in (attn_mask, key_padding_mask):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:
+            mask = query.new_zeros(()).masked_fill(mask, -torch.inf)
+        total = mask if total is None else total + mask
+    return total
+
+
+def _mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """A mask with four dimensions, that broadcasts to (B, H, m, n)."""
+    if mask is None:
+        return None
+    mask = mask.detach()
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return mask.expand(*mask.shape[:3], key.shape[2]) if mask.shape[-1] == 1 else mask
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 def _attach(stack: ExitStack, handle: torch.utils.hooks.RemovableHandle) -> None:
@@ -359,7 +542,7 @@ def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
 
 
 @contextmanager
-def _frozen(anatomy: Anatomy) -> Iterator[None]:
+def frozen(anatomy: Anatomy) -> Iterator[None]:
     """Evaluation mode, no parameter gradients, the anatomy's temporary attributes; all as before afterwards."""
     model = anatomy.model
     training = [(module, module.training) for module in model.modules()]

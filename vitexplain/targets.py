@@ -1,7 +1,9 @@
-"""Which class to explain: every accepted form of ``target`` becomes one integer tensor."""
+"""What to explain: every accepted form of ``target`` or ``score`` becomes one scalar of each image."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,93 @@ from .capture import capturing
 from .errors import InputError
 
 _FORMS = "None, an int, a list or integer tensor (B,), or (B, K) for several classes an image"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One explained scalar of each image: a class, or one column of a score.
+
+    Attributes:
+        classes: (B,) int64, or None.
+        score: from outputs (B, C) to (B,) or (B, K), or None.
+        column: which of a score's K.
+    """
+
+    classes: Tensor | None = None
+    score: Callable[[Tensor], Tensor] | None = None
+    column: int = 0
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """The scalars (B,) of outputs (B, C)."""
+        if self.score is None:
+            return outputs.gather(1, self.classes.unsqueeze(1)).squeeze(1)
+        values = self.score(outputs)
+        return values if values.dim() == 1 else values[:, self.column]
+
+    def probability(self, outputs: Tensor) -> Tensor:
+        """The class's probability, (B,)."""
+        return self.value(outputs.softmax(-1))
+
+
+def targets_of(
+    target: Any, outputs: Tensor, score: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor | None, list[Target], bool]:
+    """The classes (B,) or (B, K), None for a score; the explained scalars one by one; whether there is an axis of K.
+
+    Raises:
+        InputError: ``target`` or ``score`` does not fit.
+    """
+    if score is None:
+        classes = resolve_target(target, outputs.detach())
+        columns = classes.unsqueeze(1) if classes.dim() == 1 else classes
+        return classes, [Target(column) for column in columns.unbind(1)], classes.dim() == 2
+    if target is not None:
+        raise InputError("target: expected None beside a score, which says what is explained; received a target as well")
+    values = score(outputs)
+    if not isinstance(values, Tensor) or values.dim() not in (1, 2) or len(values) != len(outputs) or 0 in values.shape:
+        received = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"score: expected a function to (B,) or (B, K) with B={len(outputs)}, received {received}")
+    if outputs.requires_grad and not values.requires_grad:
+        raise InputError("score: expected a differentiable function of the model's output, received one without a gradient")
+    if not capturing(outputs.device) and not torch.isfinite(values).all():
+        raise InputError("score: expected finite values, received NaN or infinity")
+    columns = range(values.shape[1]) if values.dim() == 2 else range(1)
+    return None, [Target(score=score, column=column) for column in columns], values.dim() == 2
+
+
+def margin(first: int, second: int) -> Callable[[Tensor], Tensor]:
+    """A score: how much the logit of class ``first`` exceeds that of class ``second``."""
+
+    def score(logits: Tensor) -> Tensor:
+        for index in (first, second):
+            if not 0 <= index < logits.shape[1]:
+                raise InputError(f"margin: expected classes 0 to {logits.shape[1] - 1}, received {index}")
+        return logits[:, first] - logits[:, second]
+
+    return score
+
+
+def similarity(embeddings: Tensor) -> Callable[[Tensor], Tensor]:
+    """A score for models that embed: cosine similarity of an image's embedding to given ones.
+
+    Args:
+        embeddings: (d,) or (K, d), for example CLIP's embeddings of K prompts.
+
+    Returns:
+        A function from (B, d) to (B,) or (B, K).
+    """
+    if embeddings.dim() not in (1, 2) or not embeddings.is_floating_point():
+        raise InputError(
+            f"embeddings: expected floating-point (d,) or (K, d), received {embeddings.dtype} {tuple(embeddings.shape)}"
+        )
+
+    def score(outputs: Tensor) -> Tensor:
+        if outputs.shape[1] != embeddings.shape[-1]:
+            raise InputError(f"similarity: expected embeddings of width {outputs.shape[1]}, received {embeddings.shape[-1]}")
+        directions = torch.nn.functional.normalize(embeddings.to(outputs), dim=-1)
+        return torch.nn.functional.normalize(outputs, dim=-1) @ directions.T
+
+    return score
 
 
 def resolve_target(target: Any, logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class AttentionInputs:
     head_weights: Tensor
     token_weights: Tensor
     row_factors: Tensor
+    ratio: Tensor
     mask: Tensor | None
     scale: float
 
@@ -51,20 +52,30 @@ def attention_inputs(
     device: str = "cpu",
     batch: int = 2,
     heads: int = 3,
+    whole_numbers: bool = False,
 ) -> AttentionInputs:
-    """Random inputs; ``num_queries`` leading rows of the queries where given."""
+    """Random inputs; ``num_queries`` leading rows of the queries where given.
+
+    ``whole_numbers`` makes queries and keys such, and what a mask adds halves of them before the scale: their products are exact
+    and 0 or far from it, so that dividing by them is as accurate in any order of summation.
+    """
     generator = torch.Generator().manual_seed(1000 * n + head_dim)
     m = num_queries or n
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    packed = normal(batch, n, 3, heads, head_dim).to(device, dtype)
+    packed = normal(batch, n, 3, heads, head_dim)
+    if whole_numbers:
+        packed[:, :, :2].round_()
+    packed = packed.to(device, dtype)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # strided views, as timm's attention passes them
     query = query[:, :, :m]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     made = _mask(mask, batch, heads, m, n, generator).to(device) if mask != "none" else None
     scale = head_dim**-0.5
+    if whole_numbers and mask == "additive":
+        made = (made.round() + 0.5) * scale
     scores = _scores(query.double(), key.double(), made, scale)
     logsumexp = scores.logsumexp(-1)
     out = _softmax(scores) @ value.double()
@@ -79,6 +90,7 @@ def attention_inputs(
         head_weights=normal(batch, heads).to(device, torch.float32),
         token_weights=normal(batch, heads, n).abs().to(device, torch.float32),
         row_factors=normal(batch, m).abs().to(device, torch.float32),
+        ratio=normal(batch, m, heads, head_dim).transpose(1, 2).to(device, dtype),
         mask=made,
         scale=scale,
     )
@@ -144,6 +156,26 @@ def dense_backward(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Tensor,
     else:
         attention = (scores if inputs.mask is None else scores + inputs.mask.to(dtype)).softmax(-1)
     return torch.autograd.grad(attention @ value, (query, key, value), inputs.grad_out.to(dtype))
+
+
+def dense_relevance(inputs: AttentionInputs, gradient: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Relevance of query, key and value, and every head's row, of the map alone or times the gradient; made in ``dtype``."""
+    tensors = inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.grad_out
+    query, key, value, ratio, grad_out = (tensor.to(dtype) for tensor in tensors)
+    attention = _softmax(_scores(query, key, inputs.mask, inputs.scale))
+    relevance = 0.5 * attention * (ratio @ value.transpose(-1, -2))
+    products = query @ key.transpose(-1, -2)
+    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
+        products = products + inputs.mask.to(dtype) / inputs.scale
+    share = torch.where(products == 0, 0, relevance / (products + 1e-9))
+    weights = relevance * (grad_out @ value.transpose(-1, -2)) if gradient else relevance
+    wide = torch.promote_types(dtype, torch.float32)
+    return (
+        0.5 * query * (share @ key),
+        0.5 * key * (share.transpose(-1, -2) @ query),
+        0.5 * value * (attention.transpose(-1, -2) @ ratio),
+        torch.einsum("bi,bhij->bhj", inputs.rows[:, 0].to(wide), weights.clamp(min=0).to(wide)),
+    )
 
 
 def dense_head_norms(value: Tensor, grad_out: Tensor, norm: str, dtype: torch.dtype) -> Tensor:

@@ -360,7 +360,7 @@ def test_everything_that_an_explanation_launches_is_shipped(monkeypatch, pooling
 
     model = build_model(embed_dim=128, num_heads=2, global_pool=pooling, class_token=pooling == "token").to(dtype)
     images = images_for(model, 2).to(dtype)
-    methods = [info.name for info in vitexplain.methods() if info.all_rows or rows is None]
+    methods = [info.name for info in vitexplain.methods() if (info.all_rows if rows else info.resolution == "tokens")]
     monkeypatch.setattr("vitexplain.kernels.dispatch.choose_backend", lambda *_: "triton")
     with recorded_launches("90") as launched, forced(passes):
         vitexplain.explain(model, images, method=methods, rows=rows)

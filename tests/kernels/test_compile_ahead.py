@@ -11,6 +11,8 @@ from vitexplain.kernels import interpreting
 from vitexplain.kernels.aot.budgets import violations
 from vitexplain.kernels.aot.compile import build_image, compile_variant, shipped_variants
 from vitexplain.kernels.attention_backward.triton_kernel import launch_backward
+from vitexplain.kernels.attention_relevance.triton_kernel import launch_backward as launch_relevance
+from vitexplain.kernels.attention_relevance.triton_kernel import launch_rows as launch_relevance_rows
 from vitexplain.kernels.contribution_map.triton_kernel import launch_map
 from vitexplain.kernels.launch import recorded_launches
 from vitexplain.kernels.row_propagation.triton_kernel import launch_rows
@@ -19,8 +21,8 @@ from vitexplain.kernels.shipped_variants import ShippedInputs
 pytestmark = pytest.mark.skipif(interpreting(), reason="interpreting and compiling cannot share a process")
 
 KERNELS = (
-    "single_row", "many_rows", "attention_backward", "contribution_map", "l2_head_norms", "delta", "normalise",
-    "^token_transformation", "attention_token_transformation",
+    "single_row", "many_rows", "attention_backward", "attention_relevance", "contribution_map", "l2_head_norms", "delta",
+    "normalise", "^token_transformation", "attention_token_transformation",
 )  # fmt: skip
 # The build compiles everything for every architecture; here all of bfloat16, and of the others one architecture each.
 COMBINATIONS = [
@@ -64,5 +66,19 @@ def test_masks_and_other_weighings_compile_when_they_are_met(phi: str, mask_dtyp
             launch_rows(*layer, running, None, None, mask, 0.125, 1.0, 0.0, phi)
         launch_map(*layer, contribution, None, None, None, mask, 0.125, 1.0, 1.0, phi)
         launch_backward(*layer[:3], inputs.out, *layer[3:], rows[:, 0], mask, 0.125, phi, True)
+    for variant in variants:
+        assert compile_variant(variant, architecture).asm["cubin"]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_relevance_with_masks_and_of_half_types_compiles_when_met(dtype: torch.dtype, mask_dtype, architecture: str) -> None:
+    inputs = ShippedInputs(dtype, 64, 197)
+    mask = torch.empty(2, 1, 197, 197, dtype=mask_dtype, device="meta").expand(-1, 4, -1, -1)
+    layer = inputs.query, inputs.key, inputs.value, inputs.out, inputs.logsumexp
+    with recorded_launches(architecture) as variants:
+        for launch_one in (launch_relevance, launch_relevance_rows):
+            launch_one(*layer, inputs.logsumexp[:, 0], inputs.grad_out, mask, inputs.scale)
     for variant in variants:
         assert compile_variant(variant, architecture).asm["cubin"]

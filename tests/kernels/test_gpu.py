@@ -18,6 +18,8 @@ from vitexplain.kernels import (
     contribution_map,
     head_norms,
     launch,
+    relevance_backward,
+    relevance_rows,
     row_propagation,
     row_propagation_by_head,
     token_transformation,
@@ -25,7 +27,7 @@ from vitexplain.kernels import (
 from vitexplain.kernels.attention_backward.choose import forced
 from vitexplain.testing import DenseReference
 
-from ..conftest import MODEL_SHAPES, build_model, images_for, relative_error, rms_error
+from ..conftest import MODEL_SHAPES, PLAIN_METHODS, build_model, images_for, relative_error, rms_error
 from .reference import (
     MASKS,
     AttentionInputs,
@@ -34,6 +36,7 @@ from .reference import (
     dense_backward,
     dense_head_norms,
     dense_maps,
+    dense_relevance,
     dense_row_propagation,
     dense_token_transformation,
     dense_update,
@@ -54,6 +57,13 @@ def _backward(inputs: AttentionInputs, phi: str) -> tuple[torch.Tensor, ...]:
     return attention_backward(
         inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, inputs.rows[:, 0],
         phi=phi, scale=inputs.scale, mask=inputs.mask, norms=True, backend="triton",
+    )  # fmt: skip
+
+
+def _relevance(inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
+    return relevance_backward(
+        inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.logsumexp,
+        rows=inputs.rows[:, 0], grad_out=inputs.grad_out, scale=inputs.scale, mask=inputs.mask, backend="triton",
     )  # fmt: skip
 
 
@@ -90,6 +100,19 @@ def _check_backward(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> No
     _check_by_head(inputs, phi, dtype, moved, norms)
 
 
+def _check_relevance(inputs: AttentionInputs, dtype: torch.dtype) -> None:
+    results = _relevance(inputs)
+    assert all(torch.equal(*pair) for pair in zip(results, _relevance(inputs), strict=True)), "not deterministic"
+    expected = (dense_relevance(inputs, True, kind) for kind in (torch.float64, dtype))
+    for actual, exact, plain in zip(results, *expected, strict=True):
+        assert_within_error_budget(actual, exact, plain, dtype)
+    alone = relevance_rows(
+        inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.logsumexp, inputs.rows[:, 0],
+        grad_out=inputs.grad_out, scale=inputs.scale, mask=inputs.mask, backend="triton",
+    )  # fmt: skip
+    assert_within_error_budget(alone, *(dense_relevance(inputs, True, kind)[-1] for kind in (torch.float64, dtype)), dtype)
+
+
 def _check_map(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> None:
     contribution, actual = _map(inputs, phi)
     assert torch.equal(actual, _map(inputs, phi)[1]), "not deterministic"
@@ -114,6 +137,14 @@ def test_every_attention_shaped_operation_is_within_the_error_budget(n: int, hea
     _check_by_head(inputs, "p", dtype, moved, norms)
     _check_backward(inputs, "p_relu_g", dtype)
     _check_map(inputs, "p_relu_g", dtype)
+    for num_queries in (None, 1):
+        _check_relevance(attention_inputs(n, head_dim, dtype, num_queries=num_queries, device="cuda", whole_numbers=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_relevance_with_every_mask(mask: str, dtype: torch.dtype) -> None:
+    _check_relevance(attention_inputs(198, 64, dtype, mask=mask, device="cuda", whole_numbers=True), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,6 +165,7 @@ def test_unusual_head_widths(head_dim: int, dtype: torch.dtype) -> None:
     _check_row(inputs, "p_relu_g", dtype)
     _check_backward(inputs, "p_relu_g", dtype)
     _check_map(inputs, "p_relu_g", dtype)
+    _check_relevance(attention_inputs(197, head_dim, dtype, device="cuda", whole_numbers=True), dtype)
 
 
 def test_tf32_follows_the_switch_of_torch() -> None:
@@ -166,6 +198,9 @@ def test_more_than_two_to_the_31_elements_of_index_space() -> None:
         assert torch.equal(_row(apart, "p_relu_g"), _row(small, "p_relu_g")), name
         assert all(torch.equal(*pair) for pair in zip(_backward(apart, "p"), _backward(small, "p"), strict=True)), name
         assert torch.equal(_map(apart, "p_relu_g")[1], _map(small, "p_relu_g")[1]), name
+    for name in ("query", "key", "value", "ratio", "grad_out"):
+        apart = AttentionInputs(**{**vars(small), name: far(getattr(small, name))})
+        assert all(torch.equal(*pair) for pair in zip(_relevance(apart), _relevance(small), strict=True)), name
 
 
 @pytest.mark.parametrize("passes", ["one pass", "two passes"])
@@ -173,7 +208,7 @@ def test_more_than_two_to_the_31_elements_of_index_space() -> None:
 def test_a_whole_explanation_can_be_captured_in_a_graph(shape: str, passes: str) -> None:
     model = build_model(**MODEL_SHAPES[shape]).to("cuda", torch.bfloat16)
     images, others = (images_for(model, 3, seed).to("cuda", torch.bfloat16) for seed in (1, 2))
-    methods = [info.name for info in vitexplain.methods()]
+    methods = PLAIN_METHODS
     explainer = vitexplain.Explainer(model, methods)
     target = torch.tensor([1, 2, 3], device="cuda")
     held = images.clone()
@@ -203,7 +238,7 @@ def test_images_compiled_ahead_of_time_change_nothing_and_leave_nothing_to_compi
     subprocess.run([sys.executable, *build, "--dtypes", "bfloat16", "--head-dims", "64"], check=True, cwd=root)
     model = build_model(embed_dim=128, num_heads=2).to("cuda", torch.bfloat16)
     images = images_for(model, 3).to("cuda", torch.bfloat16)
-    methods = [info.name for info in vitexplain.methods()]
+    methods = PLAIN_METHODS
     with forced(passes):
         compiled_by_triton = vitexplain.explain(model, images, method=methods)
         monkeypatch.setenv("VITEXPLAIN_AOT_IMAGES", str(tmp_path))
@@ -247,7 +282,7 @@ def test_head_norms_and_token_transformations(n: int, dtype: torch.dtype) -> Non
 def test_explanations_on_the_gpu_are_within_the_error_budget(shape: str, passes: str, dtype: torch.dtype) -> None:
     model = build_model(**MODEL_SHAPES[shape]).to("cuda", dtype)
     images = images_for(model, 4).to("cuda", dtype)
-    methods = [info.name for info in vitexplain.methods()]
+    methods = PLAIN_METHODS
     reference = DenseReference(model, images)
     plain = DenseReference(model, images, dtype=dtype)
     target = reference.logits.argmax(-1)

@@ -16,7 +16,7 @@ from .reference import attention_inputs
 WIDTHS = (16, 32, 64, 128, 256)
 HEAD_DIMS = {
     **dict.fromkeys(("single_row", "single_row_few", "many_rows", "many_rows_few", "attention_backward"), WIDTHS),
-    **dict.fromkeys(("contribution_map", "attention_token_transformation", "l2_head_norms"), WIDTHS),
+    **dict.fromkeys(("attention_relevance", "contribution_map", "attention_token_transformation", "l2_head_norms"), WIDTHS),
     "token_transformation": (128,),
 }
 PRECISIONS = ("half", "tf32", "ieee")

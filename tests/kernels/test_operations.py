@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from vitexplain.kernels import (
     contribution_map,
     head_norms,
     interpreting,
+    relevance_backward,
+    relevance_rows,
     row_propagation,
     row_propagation_by_head,
     token_transformation,
@@ -34,6 +37,7 @@ from .reference import (
     dense_backward,
     dense_head_norms,
     dense_maps,
+    dense_relevance,
     dense_row_propagation,
     dense_token_transformation,
     dense_update,
@@ -173,17 +177,115 @@ def _check_backward(inputs: AttentionInputs, phi: str, norms: bool, dtype: torch
         assert sums.numel() == 0
 
 
+WHOLE_AND_ONE_QUERY = [None, 1]
+
+
+@pytest.mark.parametrize("row", ["no row", "row", "row of the gradient"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_queries", WHOLE_AND_ONE_QUERY)
+@pytest.mark.parametrize(("n", "head_dim"), [*((n, 64) for n in (1, 17, 33, 65)), *((33, dh) for dh in (16, 24, 128))])
+def test_relevance_beside_the_row(backend, n: int, head_dim: int, num_queries, dtype: torch.dtype, row: str) -> None:
+    inputs = attention_inputs(n, head_dim, dtype, num_queries=num_queries, whole_numbers=True)
+    _check_relevance(inputs, row, dtype, backend)
+
+
+@pytest.mark.usefixtures("shape_of_tiles")
+@pytest.mark.parametrize("n", [197, 577])
+def test_relevance_of_long_sequences(backend, n: int) -> None:
+    _check_relevance(_inputs(n, 64, torch.float32, whole_numbers=True), "row of the gradient", torch.float32, backend)
+
+
+@pytest.mark.parametrize("row", ["no row", "row", "row of the gradient"])
+@pytest.mark.parametrize("num_queries", WHOLE_AND_ONE_QUERY)
+@pytest.mark.parametrize("mask", MASKS)
+def test_relevance_with_every_mask(backend, mask: str, num_queries, row: str) -> None:
+    for dtype in DTYPES:
+        inputs = attention_inputs(33, 24, dtype, num_queries=num_queries, mask=mask, whole_numbers=True)
+        _check_relevance(inputs, row, dtype, backend)
+
+
+def _relevance_row(inputs: AttentionInputs, row: str) -> dict[str, torch.Tensor]:
+    rows = {} if row == "no row" else {"rows": inputs.rows[:, 0]}
+    return {**rows, "grad_out": inputs.grad_out} if row == "row of the gradient" else rows
+
+
+def _relevance(inputs: AttentionInputs, row: str, backend: str) -> tuple[torch.Tensor, ...]:
+    return relevance_backward(
+        inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.logsumexp,
+        **_relevance_row(inputs, row), scale=inputs.scale, mask=inputs.mask, backend=backend,
+    )  # fmt: skip
+
+
+def _check_relevance(inputs: AttentionInputs, row: str, dtype: torch.dtype, backend: str) -> None:
+    *relevance, moved = _relevance(inputs, row, backend)
+    gradient = row == "row of the gradient"
+    *exact, exact_row = dense_relevance(inputs, gradient, torch.float64)
+    *plain, plain_row = dense_relevance(inputs, gradient, dtype)
+    for tensors in zip(relevance, exact, plain, strict=True):
+        assert tensors[0].dtype == dtype
+        assert_within_error_budget(*tensors, dtype)
+    if row == "no row":
+        assert moved.numel() == 0
+        return
+    assert_within_error_budget(moved, exact_row, plain_row, dtype)
+    alone = relevance_rows(
+        inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.logsumexp,
+        **_relevance_row(inputs, row), scale=inputs.scale, mask=inputs.mask, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(alone, moved)
+
+
+def test_no_relevance_is_made_of_nothing(backend) -> None:
+    """Queries and keys with a product of 0 have no share of the map's relevance; a query of zeros has none at all."""
+    inputs = attention_inputs(33, 16, torch.float32, whole_numbers=True)
+    products = inputs.query @ inputs.key.transpose(-1, -2)
+    assert (products == 0).sum() > 100
+    inputs.query[:, :, 5] = 0
+    inputs.logsumexp[:, :, 5] = torch.tensor(33.0).log()
+    _check_relevance(inputs, "row", torch.float32, backend)
+    *relevance, _ = _relevance(inputs, "row", backend)
+    assert (relevance[0][:, :, 5] == 0).all()
+    nothing = dataclasses.replace(inputs, query=torch.zeros_like(inputs.query))
+    *relevance, _ = _relevance(nothing, "no row", backend)
+    assert all((tensor == 0).all() for tensor in relevance[:2])
+    assert (relevance[2] != 0).any()
+
+
+def test_a_product_that_the_stabilizer_would_cancel_is_divided_by_the_stabilizer(backend) -> None:
+    inputs = attention_inputs(1, 16, torch.float32)
+    query, key = torch.zeros_like(inputs.query), torch.zeros_like(inputs.key)
+    query[..., 3], key[..., 3] = 1.0, -1e-9
+    alone = dataclasses.replace(inputs, query=query, key=key, logsumexp=torch.zeros_like(inputs.logsumexp))
+    *relevance, _ = _relevance(alone, "no row", backend)
+    expected = -0.25 * (inputs.ratio * inputs.value).sum(-1)
+    for tensor in relevance[:2]:
+        torch.testing.assert_close(tensor[..., 3], expected)
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min], ids=["-inf", "finfo.min"])
+@pytest.mark.parametrize("mask", ["boolean", "padding"])
+def test_relevance_of_keys_that_are_masked_by_adding(backend, mask: str, masked: float) -> None:
+    inputs = attention_inputs(33, 24, torch.float32, mask=mask)
+    added = dataclasses.replace(inputs, mask=torch.zeros(inputs.mask.shape).masked_fill(~inputs.mask, masked))
+    results = (_relevance(each, "row of the gradient", backend) for each in (inputs, added))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.isfinite(actual).all()
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.skipif(not interpreting(), reason="how work is split over programs is the Triton kernels' affair")
 @pytest.mark.parametrize("splits", [1, 3])
 def test_however_work_is_split_over_programs(monkeypatch, splits: int) -> None:
     """A device's size decides it: one program may walk over all key blocks, heads or tokens, or several share them."""
-    for module in ("attention_backward", "head_norms", "row_propagation"):
+    for module in ("attention_backward", "attention_relevance", "head_norms", "row_propagation"):
         kernel = importlib.import_module(f"vitexplain.kernels.{module}.triton_kernel")
         monkeypatch.setattr(kernel, "splits_to_fill", lambda largest, *_: min(largest, splits))
     for dtype in DTYPES:
         inputs = attention_inputs(150, 48, dtype)
         with forced_config(TileConfig(32, 32, 4, 1)):
             _check_backward(inputs, "p_relu_g", True, dtype, "triton")
+            whole = attention_inputs(150, 48, dtype, whole_numbers=True)
+            _check_relevance(whole, "row of the gradient", dtype, "triton")
             rows = row_propagation(*inputs.layer, inputs.rows, residual=1.0, backend="triton", **inputs.keywords("p", True))
             norms = head_norms(inputs.value, inputs.grad_out, norm="l2", backend="triton")
         exact, plain = (dense_row_propagation(inputs, "p", True, kind) + inputs.rows for kind in (torch.float64, dtype))
@@ -277,6 +379,8 @@ def test_nothing_is_written_beyond_the_result(backend, monkeypatch) -> None:
             *attention_backward(
                 inputs.query, inputs.key, inputs.value, inputs.out, inputs.grad_out, inputs.logsumexp, one, norms=True, **keywords
             ),
+            *_relevance(inputs, "row of the gradient", backend),
+            *_relevance(inputs, "no row", backend),
             *add_token_transformation(*tokens, backend=backend),
             attention_token_transformation(tokens[0], inputs.value, weight, backend=backend),
         ]
@@ -307,11 +411,11 @@ def test_a_whole_explanation_by_every_method(backend, shape: str, passes: str) -
     import vitexplain
     from vitexplain.kernels.attention_backward.choose import forced
 
+    from ..conftest import METHODS as methods
     from ..conftest import MODEL_SHAPES, all_tokens, build_model, images_for, relative_error
 
     model = build_model(**MODEL_SHAPES[shape])
     images = images_for(model, 2)
-    methods = [info.name for info in vitexplain.methods()]
     with forced(passes):
         ours = vitexplain.explain(model, images, method=methods, backend=backend)
     dense = vitexplain.explain(model, images, method=methods, backend="dense")

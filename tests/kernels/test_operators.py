@@ -12,16 +12,20 @@ from vitexplain.kernels import (
     choose_backend,
     contribution_map,
     head_norms,
+    relevance_backward,
+    relevance_rows,
     row_propagation,
     row_propagation_by_head,
     token_transformation,
 )
 
 from .reference import (
+    AttentionInputs,
     attention_inputs,
     dense_backward,
     dense_head_norms,
     dense_maps,
+    dense_relevance,
     dense_row_propagation,
     dense_token_transformation,
     dense_update,
@@ -49,6 +53,18 @@ def _operator_arguments() -> dict[str, tuple[object, ...]]:
         ),
         "attention_backward.no_norms": (
             one.query, one.key, one.value, one.out, one.grad_out, one.logsumexp, one.rows[:, 0], None, one.scale, "p", False, "torch",
+        ),
+        "relevance_backward": (
+            many.query, many.key, many.value, many.ratio, many.logsumexp, first, many.grad_out, mask, many.scale, "auto",
+        ),
+        "relevance_backward.no_row": (
+            one.query, one.key, one.value, one.ratio, one.logsumexp, None, None, None, one.scale, "torch",
+        ),
+        "relevance_rows": (
+            many.query, many.key, many.value, many.ratio, many.logsumexp, first, many.grad_out, mask, many.scale, "auto",
+        ),
+        "relevance_rows.of_the_map": (
+            one.query, one.key, one.value, one.ratio, one.logsumexp, one.rows[:, 0], None, None, one.scale, "torch",
         ),
         "contribution_map": (
             many.query, many.key, *gradient, many.logsumexp, torch.rand(2, 9, 4), *weights, many.row_factors, mask, many.scale,
@@ -112,6 +128,9 @@ def test_float64_inputs_are_computed_in_float64() -> None:
     torch.testing.assert_close(tuple(gradients), dense_backward(inputs, torch.float64), **exactly)
     exact = torch.einsum("bi,bhij->bhj", rows, dense_maps(inputs, "p_g", torch.float64))
     torch.testing.assert_close(moved, exact, **exactly)
+    relevance = relevance_backward(*_relevance_layer(inputs), rows=rows, grad_out=inputs.grad_out, scale=inputs.scale)
+    for actual, exact in zip(relevance, dense_relevance(inputs, True, torch.float64), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-9)  # small products that are divided by lose digits
     tokens, branch, moved = torch.randn(3, 2, 65, 40, dtype=torch.float64).unbind(0)
     exact = dense_token_transformation(tokens + branch, moved, True, True, 1.0, torch.float64)
     torch.testing.assert_close(add_token_transformation(tokens, branch, moved)[1], exact, rtol=1e-12, atol=0)
@@ -122,6 +141,33 @@ def test_rows_of_the_attention_map_sum_to_one() -> None:
     rows = torch.eye(197).expand(2, -1, -1)
     actual = row_propagation(*inputs.layer, rows, scale=inputs.scale)
     torch.testing.assert_close(actual.sum(-1), torch.ones(2, 197), rtol=0, atol=1e-5)
+
+
+def _relevance_layer(inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
+    return inputs.query, inputs.key, inputs.value, inputs.ratio, inputs.logsumexp
+
+
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_attention_hands_on_all_relevance_but_what_it_cannot_divide(mask: str) -> None:
+    """Half of it to the values, and half through the map to queries and keys."""
+    inputs = attention_inputs(65, 32, torch.float64, mask=mask)
+    of_out = inputs.ratio * inputs.out
+    results = relevance_backward(*_relevance_layer(inputs), scale=inputs.scale, mask=inputs.mask)
+    of_query, of_key, of_value = (relevance.sum((-1, -2)) for relevance in results[:3])
+    half = 0.5 * of_out.sum((-1, -2))
+    torch.testing.assert_close(of_value, half)
+    torch.testing.assert_close(of_query + of_key, half, rtol=1e-5, atol=1e-5)  # the stabilizer keeps its share
+
+
+def test_a_gradient_of_another_type_weighs_relevance() -> None:
+    inputs = attention_inputs(17, 16, torch.float32)
+    coarse = inputs.grad_out.bfloat16()
+    rows = [
+        relevance_rows(*_relevance_layer(inputs), inputs.rows[:, 0], grad_out=grad_out, scale=inputs.scale)
+        for grad_out in (coarse, coarse.float(), coarse.double())
+    ]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
 
 
 def test_permuting_keys_permutes_the_row() -> None:
@@ -163,6 +209,14 @@ BAD_CALLS = {
     "factors of another shape": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, row_factors=torch.ones(2, 3)), "row_factors: expected shape"),
     "out of another shape": (lambda i: attention_backward(i.query, i.key, i.value, i.out[:, :1], i.grad_out, i.logsumexp, i.rows[:, 0], scale=1.0), "out: expected shape"),
     "rows of a backward": (lambda i: attention_backward(i.query, i.key, i.value, i.out, i.grad_out, i.logsumexp, i.rows, scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
+    "ratio of another shape": (lambda i: _relevance(i, ratio=i.ratio[:, :, :1]), r"ratio: expected shape \(B=2, H=3, m=17, dv=16\)"),
+    "ratio of another dtype": (lambda i: _relevance(i, ratio=i.ratio.half()), "ratio: expected dtype torch.float32"),
+    "rows of relevance": (lambda i: _relevance(i, rows=i.rows), r"rows: expected shape \(B=2, m=17\)"),
+    "gradient of relevance of another shape": (lambda i: _relevance(i, rows=i.rows[:, 0], grad_out=i.grad_out[..., :8]), "grad_out: expected shape"),
+    "gradient of integers": (lambda i: _relevance(i, rows=i.rows[:, 0], grad_out=i.grad_out.long()), "grad_out: expected a floating-point dtype, received torch.int64"),
+    "gradient of relevance without a row": (lambda i: _relevance(i, grad_out=i.grad_out), "rows: expected a tensor beside grad_out, received None"),
+    "mask of relevance of another shape": (lambda i: _relevance(i, mask=torch.ones(5, 17, dtype=torch.bool)), "mask: expected a shape that broadcasts"),
+    "relevance rows of another length": (lambda i: relevance_rows(*_relevance_layer(i), i.rows[:, 0, :4], scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
     "transformed of another width": (lambda i: token_transformation(i.key[0], i.key[0, :, :, :4]), "transformed: expected shape"),
     "branch of another dtype": (lambda i: add_token_transformation(i.key[0], i.key[0].half(), i.key[0]), "branch: expected dtype torch.float32"),
     "output weight of another width": (lambda i: attention_token_transformation(torch.ones(2, 17, 9), i.value, torch.ones(9, 40)), r"output_weight: expected shape \(d=9, 48\), received \(9, 40\)"),
@@ -172,6 +226,11 @@ BAD_CALLS = {
 def _propagate(inputs, **changes):
     arguments = {"query": inputs.query, "key": inputs.key, "logsumexp": inputs.logsumexp, "rows": inputs.rows}
     return row_propagation(**{**arguments, "scale": inputs.scale, **changes})
+
+
+def _relevance(inputs, **changes):
+    names = ("query", "key", "value", "ratio", "logsumexp", "scale")
+    return relevance_backward(**{**{name: getattr(inputs, name) for name in names}, **changes})
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

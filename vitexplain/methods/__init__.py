@@ -11,29 +11,64 @@ from typing import Any
 from ..errors import InputError, unknown_name
 from .attcat import AttCAT
 from .base import Method, Option
+from .captum_methods import CaptumMethod, InputXGradient, IntegratedGradients, SmoothGrad
+from .cdam import CDAM
+from .conservative_lrp import ConservativeLRP
 from .gmar import GMAR
 from .grad_cam import GradCAM
 from .iba import IBA
+from .legrad import LeGrad
+from .lrp import LRP
+from .partial_lrp import PartialLRP
 from .raw_attention import RawAttention
 from .rollout import Rollout
 from .tokentm import TokenTM
+from .transformer_attribution import TransformerAttribution
 from .transformer_mm import TransformerMM
 
-_TABLE: tuple[type[Method], ...] = (TokenTM, GMAR, IBA, TransformerMM, AttCAT, Rollout, RawAttention, GradCAM)
+_TABLE: tuple[type[Method], ...] = (
+    TokenTM,
+    GMAR,
+    IBA,
+    TransformerMM,
+    TransformerAttribution,
+    AttCAT,
+    LeGrad,
+    CDAM,
+    Rollout,
+    RawAttention,
+    GradCAM,
+    LRP,
+    PartialLRP,
+    ConservativeLRP,
+    InputXGradient,
+    IntegratedGradients,
+    SmoothGrad,
+)
 REGISTRY: dict[str, type[Method]] = {method.name: method for method in _TABLE}
 
 __all__ = [
+    "CDAM",
     "GMAR",
     "IBA",
+    "LRP",
     "REGISTRY",
     "AttCAT",
+    "CaptumMethod",
+    "ConservativeLRP",
     "GradCAM",
+    "InputXGradient",
+    "IntegratedGradients",
+    "LeGrad",
     "Method",
     "MethodInfo",
     "Option",
+    "PartialLRP",
     "RawAttention",
     "Rollout",
+    "SmoothGrad",
     "TokenTM",
+    "TransformerAttribution",
     "TransformerMM",
     "build_methods",
     "list_methods",
@@ -42,7 +77,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One row of the list of methods: name, title, paper, cost, options, and whether all rows can be asked for."""
+    """One row of the list of methods: name, title, paper, cost, options, whether all rows can be asked for, resolution."""
 
     name: str
     title: str
@@ -51,12 +86,13 @@ class MethodInfo:
     options: tuple[Option, ...]
     class_specific: bool
     all_rows: bool
+    resolution: str
 
 
 def list_methods() -> tuple[MethodInfo, ...]:
     """What methods there are, with their paper, cost and options."""
     return tuple(
-        MethodInfo(kind.name, kind.title, kind.paper, kind.cost, kind.options(), kind.uses_target, kind.is_chain)
+        MethodInfo(kind.name, kind.title, kind.paper, kind.cost, kind.options(), kind.uses_target, kind.is_chain, kind.resolution)
         for kind in REGISTRY.values()
     )
 

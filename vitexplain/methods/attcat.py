@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import accumulation_dtype
-from ..relevance import Rows, Trace, propagate
+from ..relevance import Trace, propagate, uniform_rows
 from ..tap import BlockTrace
+from ..targets import Target
 from .base import Method
 
 
@@ -29,16 +29,10 @@ class AttCAT(Method):
 
     def observe(self, block: BlockTrace) -> Tensor:
         """Column means of the head-averaged map, (B, 1, n): the same for every class."""
-        batch, _, n, _ = block.key.shape
-        dtype = accumulation_dtype(block.key.dtype)
-        uniform = torch.full((batch, 1, n), 1 / n, dtype=dtype, device=block.key.device)
-        return propagate(Rows(uniform, n), block)
+        return propagate(uniform_rows(block), block)
 
-    def start(self, trace: Trace, target: Tensor) -> Tensor:  # noqa: ARG002
+    def start(self, trace: Trace, target: Target) -> Tensor:  # noqa: ARG002
         return torch.zeros_like(trace.start_rows)
-
-    def step(self, state: Tensor, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Tensor:  # noqa: ARG002
-        return state
 
     def input_step(self, state: Tensor, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Tensor:
         activation = (tokens.to(state.dtype) * grad_tokens.to(state.dtype)).sum(-1)  # (B, n)

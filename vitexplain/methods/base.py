@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedModelError
 from ..models import Anatomy
 from ..relevance import Rows, Trace, Update, follow
+from ..relevance_tap import AttentionRelevance
 from ..tap import BlockTrace
+from ..targets import Target
 
 
 def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
@@ -52,7 +54,7 @@ def _check_option(method: str, spec: Any, value: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method:
     """Base of all methods. Walks over blocks from the last to the first; the state is whatever ``start`` returns.
 
     Class attributes:
@@ -61,10 +63,14 @@ class Method(ABC):
         uses_gradient: needs a backward over the model.
         uses_target: the map depends on the class.
         uses_input_gradient: needs the gradient of each block's input.
+        uses_attention_input_gradient: needs the gradient of what the last block's attention is called with.
         uses_reads: needs the rows that the head reads of each block.
         uses_branches: observes y and f, so that residual branches must be readable apart.
         observes: ``observe`` computes something while a block runs.
         is_chain: the map is one row of a product of update maps, so that all rows can be asked for.
+        rules: the table of ``rules.TABLES`` under which relevance is sent back; None for methods without a relevance pass.
+        to_inputs: relevance is sent below block 0, and the map is what arrives there.
+        resolution: ``"tokens"``, one value a token, or ``"pixels"``, one a pixel of the image.
     """
 
     name: ClassVar[str]
@@ -74,10 +80,14 @@ class Method(ABC):
     uses_gradient: ClassVar[bool] = False
     uses_target: ClassVar[bool] = False
     uses_input_gradient: ClassVar[bool] = False
+    uses_attention_input_gradient: ClassVar[bool] = False
     uses_reads: ClassVar[bool] = False
     uses_branches: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     is_chain: ClassVar[bool] = False
+    rules: ClassVar[str | None] = None
+    to_inputs: ClassVar[bool] = False
+    resolution: ClassVar[str] = "tokens"
 
     def __post_init__(self) -> None:
         for spec in fields(self):
@@ -97,12 +107,19 @@ class Method(ABC):
         """The scalar whose gradient is taken: ``"logit"`` or ``"probability"``."""
         return getattr(self, "score", "logit")
 
+    @property
+    def needs_class(self) -> bool:
+        """Whether a class's probability is read, which no other score has."""
+        return self.explained_score == "probability"
+
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``UnsupportedModelError`` where this method cannot explain the model."""
         if self.uses_branches:
             for index, block in enumerate(anatomy.blocks):
                 if block.branches is None:
                     raise UnsupportedModelError(f"method {self.name!r} cannot explain block {index}: {block.inseparable}")
+        if anatomy.is_text and self.resolution == "pixels":
+            raise UnsupportedModelError(f"method {self.name!r} explains pixels: expected a model of images, received one of text")
         start = getattr(self, "start_block", 0)
         if start >= len(anatomy.blocks):
             raise InputError(
@@ -117,17 +134,29 @@ class Method(ABC):
         """Computed while a block runs, without gradient; found again in ``block.observed[self]``."""
         return None
 
-    def start(self, trace: Trace, target: Tensor) -> Any:  # noqa: ARG002
-        """State before the last block, here the rows to follow; ``target`` is (B,) int64."""
+    def start(self, trace: Trace, target: Target) -> Any:  # noqa: ARG002
+        """State before the last block, here the rows to follow."""
         return Rows(trace.start_rows, trace.support)
 
-    @abstractmethod
-    def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any:
+    def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any:  # noqa: ARG002
         """State after a block's attention; ``grad_out`` (B, H, n, dv) where ``uses_gradient``."""
+        return state
 
     def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:  # noqa: ARG002
         """State after the gradient of a block's input is known, where ``uses_input_gradient``."""
         return state
+
+    def attention_input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:  # noqa: ARG002
+        """The same of what the last block's attention is called with, where ``uses_attention_input_gradient``."""
+        return state
+
+    def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any:  # noqa: ARG002
+        """State after relevance has reached a block's attention; ``grad_out`` (B, H, n, dv) where ``uses_gradient``."""
+        return state
+
+    def finish_at_inputs(self, inputs: Tensor, relevance: Tensor) -> Tensor:
+        """Values (B, 1, h, w) or (B, 1, n), where ``to_inputs``, of what relevance arrives at: pixels (B, c, h, w) or tokens."""
+        raise NotImplementedError(f"{self.name} sets to_inputs and must say what its values are")
 
     def finish(self, state: Any, trace: Trace) -> Tensor:  # noqa: ARG002
         """(B, R, n) values of all tokens: R rows for chain methods, one for the others."""

@@ -10,14 +10,29 @@ from torch import Tensor
 
 from ..relevance import Rows, Trace, propagate
 from ..tap import BlockTrace, replay
+from ..targets import Target
 from .base import Method, option
+
+
+def local_gradient(trace: Trace, block: BlockTrace, target: Target) -> tuple[Tensor, Tensor]:
+    """What the head says at a block, and the gradient of that through this block only.
+
+    Returns:
+        The head's output (B, classes), and the gradient (B, H, m, dv) of the target's scalar with respect to the m rows of the
+        attention's output that the head reads.
+    """
+    with torch.enable_grad():
+        out = block.read_out.detach().requires_grad_()
+        logits = trace.anatomy.head(replay(block.anatomy, block.read_tokens, out))
+        (gradient,) = torch.autograd.grad(target.value(logits).sum(), out)
+    return logits.detach(), gradient
 
 
 @dataclass(frozen=True)
 class _Walk:
     """Per-block maps m_l (B, n) and class logits and probabilities (B,) so far, last block first."""
 
-    target: Tensor
+    target: Target
     maps: tuple[Tensor, ...] = ()
     logits: tuple[Tensor, ...] = ()
     probabilities: tuple[Tensor, ...] = ()
@@ -47,24 +62,28 @@ class IBA(Method):
         "gradient", "how a block's relevance to the class weighs its map", choices=("gradient", "gain", "probability", "uniform")
     )
 
-    def start(self, trace: Trace, target: Tensor) -> _Walk:  # noqa: ARG002
+    @property
+    def needs_class(self) -> bool:
+        """The probabilities that the head gives at each block weigh the maps."""
+        return self.relevance == "probability"
+
+    def start(self, trace: Trace, target: Target) -> _Walk:  # noqa: ARG002
         return _Walk(target)
 
     def step(self, state: _Walk, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _Walk:  # noqa: ARG002
-        with torch.enable_grad():
-            out = block.read_out.detach().requires_grad_()
-            logits = trace.anatomy.logits(replay(block.anatomy, block.read_tokens, out))
-            class_logit = _class_values(logits, state.target)
-            (local_grad,) = torch.autograd.grad(class_logit.sum(), out)
+        logits, local_grad = local_gradient(trace, block, state.target)
         rows = Rows(trace.start_rows, trace.support)
         block_map = propagate(rows, block, phi="p_relu_g", grad_out=local_grad)[:, 0]
-        probability = _class_values(logits.detach().to(block_map.dtype).softmax(-1), state.target)
+        logits = logits.to(block_map.dtype)
         return _Walk(
             state.target,
             (*state.maps, block_map),
-            (*state.logits, class_logit.detach().to(block_map.dtype)),
-            (*state.probabilities, probability),
+            (*state.logits, state.target.value(logits)),
+            (*state.probabilities, *self._probability(state.target, logits)),
         )
+
+    def _probability(self, target: Target, logits: Tensor) -> tuple[Tensor, ...]:
+        return (target.probability(logits),) if self.relevance == "probability" else ()
 
     def finish(self, state: _Walk, trace: Trace) -> Tensor:
         maps = torch.stack(state.maps[::-1], 1)  # (B, L, n)
@@ -83,11 +102,6 @@ class IBA(Method):
         if self.relevance == "uniform":
             return torch.ones_like(logits)
         with torch.no_grad():
-            initial = trace.anatomy.logits(trace.blocks[0].read_tokens)
-        before = torch.cat([_class_values(initial, state.target).to(logits.dtype).unsqueeze(1), logits[:, :-1]], 1)
+            initial = trace.anatomy.head(trace.blocks[0].read_tokens)
+        before = torch.cat([state.target.value(initial.to(logits.dtype)).unsqueeze(1), logits[:, :-1]], 1)
         return (logits - before).relu()
-
-
-def _class_values(values: Tensor, target: Tensor) -> Tensor:
-    """(B, classes) and (B,) to (B,)."""
-    return values.gather(1, target.unsqueeze(1)).squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,18 +71,28 @@ class TokenTM(ChainMethod):
         )
         if block.index < self.start_block or not (self.aggregate or block.is_last):
             return _Weights(norms, None, None)
-        switches = dict(
-            length=self.length,
-            necc=self.necc,
-            necc_scale=block.tokens.shape[1] if self.necc_scale == "n" else 1.0,
-            backend=block.backend,
-        )
         weight = block.anatomy.branches.output_weight().to(block.value.dtype)
-        attention = attention_token_transformation(block.tokens.to(block.value.dtype), block.value, weight, **switches)
+        attention = self._weights(attention_token_transformation, block, block.tokens.to(block.value.dtype), block.value, weight)
         if not self.aggregate:
             return _Weights(norms, attention, None)
-        mlp = token_transformation(block.mid_tokens, block.mlp_out.to(block.mid_tokens.dtype), **switches)
+        mlp = self._weights(token_transformation, block, block.mid_tokens, block.mlp_out.to(block.mid_tokens.dtype))
         return _Weights(norms, attention, mlp)
+
+    def _weights(self, operation: Callable[..., Tensor], block: BlockTrace, *tensors: Tensor) -> Tensor:
+        """Norm ratio × NECC, (B, H, n) or (B, n); padding takes no part in the NECC."""
+        num_tokens = block.tokens.shape[1]
+        scale = float(num_tokens) if self.necc_scale == "n" else 1.0
+        weights = operation(*tensors, length=self.length, necc=self.necc, necc_scale=scale, backend=block.backend)
+        if block.valid_tokens is None:
+            return weights
+        valid = block.valid_tokens.view(len(weights), *(1,) * (weights.dim() - 2), num_tokens)
+        weights = weights.masked_fill(~valid, 0)
+        if not self.necc:
+            return weights
+        shares = operation(*tensors, length=False, necc=True, necc_scale=1.0, backend=block.backend)
+        total = shares.masked_fill(~valid, 0).sum(-1, keepdim=True)
+        count = valid.sum(-1, keepdim=True) / num_tokens if self.necc_scale == "n" else 1.0
+        return weights * count / total
 
     def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:  # noqa: ARG002
         weights = block.observed.get(self, _Weights(None, None, None))

@@ -5,20 +5,41 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from . import timm_vit
+from . import timm_beit, timm_eva, timm_relpos, timm_vit, torchvision_vit, transformers_text, transformers_vit
 from .anatomy import Anatomy, BlockAnatomy, ResidualBranches
 
-FAMILIES = (timm_vit,)
+FAMILIES = (timm_vit, timm_beit, timm_eva, timm_relpos, torchvision_vit, transformers_vit, transformers_text)
 
 __all__ = ["FAMILIES", "Anatomy", "BlockAnatomy", "ResidualBranches", "read_anatomy", "unwrap"]
 
+_MERGES = "its tokens are merged or pooled between stages, which leaves no single chain of token-by-token maps"
+_WINDOWS = "its attention is confined to windows, which leaves no single chain of token-by-token maps"
+_SWIN = "its attention is confined to shifted windows and its tokens are merged: no single chain of maps"
+_CONVOLUTIONAL = "it is a convolutional network without attention"
 _REASONS = {
-    "SwinTransformer": "windows and merged tokens leave no single chain of token-by-token maps",
-    "SwinTransformerV2": "windows and merged tokens leave no single chain of token-by-token maps",
-    "PyramidVisionTransformerV2": "tokens are merged between stages, which leaves no single chain of token-by-token maps",
-    "MultiScaleVit": "tokens are pooled between stages, which leaves no single chain of token-by-token maps",
-    "ResNet": "it is a convolutional network without attention",
-    "ConvNeXt": "it is a convolutional network without attention",
+    "SwinTransformer": _SWIN,
+    "SwinTransformerV2": _SWIN,
+    "SwinForImageClassification": _SWIN,
+    "Swinv2ForImageClassification": _SWIN,
+    "PyramidVisionTransformerV2": _MERGES,
+    "PvtForImageClassification": _MERGES,
+    "PvtV2ForImageClassification": _MERGES,
+    "PoolingVisionTransformer": _MERGES,
+    "MultiScaleVit": _MERGES,
+    "Hiera": _MERGES,
+    "HieraDet": _MERGES,
+    "Nest": _MERGES,
+    "Twins": _MERGES,
+    "LevitDistilled": _MERGES,
+    "Levit": _MERGES,
+    "MaxxVit": _WINDOWS,
+    "VisionTransformerSAM": _WINDOWS,
+    "Cait": "its talking heads mix scores and maps of different heads, which no fused attention computes",
+    "Xcit": "it attends across channels, not across tokens",
+    "CrossVit": "two chains of tokens at two scales exchange class tokens",
+    "NaFlexVit": "it takes packed patches of varying sizes, not images",
+    "ResNet": _CONVOLUTIONAL,
+    "ConvNeXt": _CONVOLUTIONAL,
 }
 
 
@@ -44,6 +65,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         if family.reads(model):
             return family.read(model)
     name = type(model).__name__
+    # an unknown model is still of a known kind where one of its base classes is
+    reason = next((_REASONS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in _REASONS), None)
     covered = ", ".join(family.FAMILY for family in FAMILIES)
-    reason = _REASONS.get(name, "its blocks and head are not known to this library")
+    if reason is None:
+        reason = "its blocks and head are not known to this library (describe them in an Anatomy and pass it as anatomy=)"
     raise UnsupportedModelError(f"model: expected one of: {covered}; received {name}: {reason}")

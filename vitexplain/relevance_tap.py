@@ -1,0 +1,149 @@
+"""A forward whose backward carries relevance: the model runs under the rules of ``rules``, its attention in tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fused_attention import attention_forward
+from .kernels import relevance_backward
+from .models import Anatomy, BlockAnatomy
+from .rules import RuleMode, divide
+from .tap import BlockTrace, Request, SdpaMode, Tap
+
+
+@dataclass
+class AttentionRelevance:
+    """One attention on the way back.
+
+    Attributes:
+        block: as it ran; query, key and value are float32 or float64.
+        ratio: (B, H, m, dv), R_O ⊘ O of the first m query rows, outside which no relevance arrives.
+        wanted: whether relevance of query, key and value is wanted.
+        relevances: of query (first m rows), key and value, where a listener made them on its way.
+    """
+
+    block: BlockTrace
+    ratio: Tensor
+    wanted: bool
+    relevances: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """m."""
+        return self.ratio.shape[2]
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """The first positional arguments of the relevance operations."""
+        block, m = self.block, self.num_rows
+        return block.query[:, :, :m], block.key, block.value, self.ratio, block.logsumexp[:, :, :m]
+
+    def keywords(self) -> dict[str, Any]:
+        """Their other arguments."""
+        return {"scale": self.block.scale, "mask": self.block.mask_of_rows(self.num_rows), "backend": self.block.backend}
+
+
+class RelevanceListener(Protocol):
+    """Told of relevance while it flows back, from the last block to the first."""
+
+    def attention_relevance(self, attention: AttentionRelevance) -> None: ...
+
+
+class RelevantAttention(torch.autograd.Function):
+    """Fused attention whose backward takes relevance of its output to query, key and value, and reports it."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        anchor: Tensor | None,  # noqa: ARG004
+        tap: RelevanceTap,
+        block: BlockTrace,
+    ) -> Tensor:
+        out, state = attention_forward(query, key, value, block.scale, block.mask)
+        block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
+        block.logsumexp = state.logsumexp
+        ctx.save_for_backward(out)
+        ctx.tap, ctx.block = tap, block
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance: Tensor):
+        (out,) = ctx.saved_tensors
+        tap, block = ctx.tap, ctx.block
+        rows = tap.rows_read_of(block)
+        attention = AttentionRelevance(block, divide(relevance, out)[:, :, :rows], any(ctx.needs_input_grad[:3]))
+        if tap.relevance_listener is not None and block.index < len(tap.blocks):
+            tap.relevance_listener.attention_relevance(attention)
+        grad_anchor = torch.zeros_like(tap.anchor) if ctx.needs_input_grad[3] else None
+        if not attention.wanted:
+            return None, None, None, grad_anchor, None, None
+        if attention.relevances is None:
+            *relevances, _ = relevance_backward(*attention.arguments(), **attention.keywords())
+            attention.relevances = tuple(relevances)
+        of_query, of_key, of_value = attention.relevances
+        if of_query.shape != block.query.shape:
+            of_query = F.pad(of_query, (0, 0, 0, block.query.shape[2] - of_query.shape[2]))
+        return of_query, of_key, of_value, grad_anchor, None, None
+
+
+class RelevanceTap(Tap):
+    """A model prepared for one relevance pass; use as a context manager.
+
+    Args:
+        anatomy: of the model.
+        rules: a table of ``rules.TABLES``.
+        first_block: relevance stops below this block's attention.
+        to_inputs: relevance goes on below block 0: to the images' pixels, or, for conservative rules, to its input tokens.
+        backend: for kernels.
+    """
+
+    def __init__(
+        self, anatomy: Anatomy, rules: str, *, first_block: int = 0, to_inputs: bool = False, backend: str = "auto"
+    ) -> None:
+        self.rules, self.backend = rules, backend
+        self.conservative = rules == "conservative"
+        super().__init__(
+            anatomy, Request(first_block=first_block, gradient=True, input_gradient=to_inputs and self.conservative), backend
+        )
+        self.to_pixels = to_inputs and not self.conservative
+        self.relevance_listener: RelevanceListener | None = None
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Run the model; the gradient of the result is relevance. Half-precision inputs are widened."""
+        if isinstance(inputs, Tensor):
+            inputs = inputs.detach().float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.detach()
+        if self.to_pixels:
+            inputs = inputs.clone().requires_grad_()
+        device = next(self.anatomy.model.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            output = super().forward(inputs)
+        if self.to_pixels:
+            self.leaves = [inputs]
+        return output
+
+    def _mode(self) -> SdpaMode:
+        return RuleMode(self.rules, self._attention)
+
+    def _pool(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
+        super()._pool(query, key, value, scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self.conservative:
+            return F.scaled_dot_product_attention(query.detach(), key.detach(), value, scale=scale)
+        pool = BlockTrace(
+            len(self.blocks), BlockAnatomy(self.anatomy.attention_pool, self.anatomy.attention_pool), False, self.backend
+        )
+        pool.scale = scale
+        return RelevantAttention.apply(query, key, value, self.anchor, self, pool)
+
+    def _tapped(self, query: Tensor, key: Tensor, value: Tensor, block: BlockTrace) -> Tensor:
+        if self.conservative:  # the map is a constant: a gradient reaches values alone
+            return super()._tapped(query.detach(), key.detach(), value, block)
+        return RelevantAttention.apply(query, key, value, self.anchor, self, block)

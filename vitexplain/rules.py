@@ -1,0 +1,323 @@
+"""Layer-wise relevance propagation: what every function a model calls does to relevance on its way back.
+
+While a forward runs under ``RuleMode``, each function's place in the autograd graph is taken by its rule: the backward of
+that graph then carries relevance instead of gradients. No model has to be rebuilt for it, and a function without a rule is
+refused by name. Relevance is float32 whatever the model's dtype (float64 for float64): it is divided by activations.
+
+Rules of ``transformer_attribution`` and of the LRP baselines: Chefer, Gur and Wolf, "Transformer Interpretability Beyond
+Attention Visualization" (CVPR 2021), and the z^B rule of Montavon et al., "Explaining nonlinear classification decisions with
+deep Taylor decomposition" (2017). The conservative rules: Ali et al., "XAI for Transformers: Better Explanations through
+Conservative Propagation" (ICML 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import UnsupportedModelError
+from .tap import SdpaMode
+
+GUARD = 1e-9
+
+Share = Callable[[Tensor], Sequence[Tensor | None]]
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """a ⊘ b: a / b with a tiny signed guard, 0 where b is 0."""
+    guarded = denominator + GUARD
+    guarded = torch.where(guarded == 0, GUARD, guarded)
+    return torch.where(denominator == 0, 0, numerator / guarded)
+
+
+class Propagate(torch.autograd.Function):
+    """Puts a rule into the graph: its output is given, its backward shares relevance among the inputs."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, share: Share, *inputs: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.share = share
+        return out.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance: Tensor):
+        return None, None, *ctx.share(relevance)
+
+
+def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return func(*args, **kwargs)
+
+
+def _carries(value: Any) -> bool:
+    """Whether relevance flows through a value."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _identity(func, args, kwargs) -> Tensor:
+    """Relevance passes unchanged: normalisations, activations, and products with what carries none."""
+    (source,) = (value for value in args if _carries(value))
+    return Propagate.apply(_computed(func, args, kwargs), lambda relevance: (relevance.sum_to_size(source.shape),), source)
+
+
+def _product(func, args, kwargs) -> Tensor:
+    """A product of two tensors that both carry relevance, as a gate's, gives each of them half; else an identity."""
+    carrying = [value for value in args[:2] if _carries(value)]
+    if len(carrying) == 1:
+        return _identity(func, args, kwargs)
+    if func.__name__ in _DIVISIONS:
+        raise UnsupportedModelError("layer-wise relevance propagation has no rule for the quotient of two activations")
+    return Propagate.apply(
+        _computed(func, args, kwargs),
+        lambda relevance: [(0.5 * relevance).sum_to_size(value.shape) for value in carrying],
+        *carrying,
+    )
+
+
+def _linear(separate: bool) -> Callable[..., Tensor]:
+    """The α1β0 rule on x⁺w⁺ and x⁻w⁻, bias ignored: with one denominator for both parts, or one for each (``separate``)."""
+
+    def rule(func, args, kwargs) -> Tensor:
+        tokens, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+        if not _carries(tokens) or weight.requires_grad:
+            raise UnsupportedModelError("layer-wise relevance propagation has no rule for a linear layer with a computed weight")
+
+        def share(relevance: Tensor) -> Sequence[Tensor]:
+            positive, negative = tokens.detach().clamp(min=0), tokens.detach().clamp(max=0)
+            weight_positive, weight_negative = weight.clamp(min=0), weight.clamp(max=0)
+            through_positive, through_negative = F.linear(positive, weight_positive), F.linear(negative, weight_negative)
+            if separate:
+                s_positive, s_negative = divide(relevance, through_positive), divide(relevance, through_negative)
+            else:
+                s_positive = s_negative = divide(relevance, through_positive + through_negative)
+            return (positive * (s_positive @ weight_positive) + negative * (s_negative @ weight_negative),)
+
+        return Propagate.apply(_computed(func, args, kwargs), share, tokens)
+
+    return rule
+
+
+def _add(normalised: bool) -> Callable[..., Tensor]:
+    """Relevance of a sum in proportion to its parts; ``normalised`` rescales both to keep the sum, per image.
+
+    A number or a bias vector takes none. Another tensor that carries none (a position embedding) takes its part, where it ends.
+    """
+
+    def rule(func, args, kwargs) -> Tensor:
+        carrying = [value for value in args[:2] if _carries(value)]
+        others = [value for value in args[:2] if isinstance(value, Tensor) and not value.requires_grad]
+        if len(carrying) == 1 and (not others or others[0].dim() <= 1):
+            return _identity(_out_of_place(func), args, kwargs)
+        out = _computed(_out_of_place(func), args, kwargs)
+        summands = [value for value in args[:2] if isinstance(value, Tensor)]
+        values = [value.detach() for value in summands]
+
+        def share(relevance: Tensor) -> Sequence[Tensor]:
+            ratio = divide(relevance, out)
+            parts: Sequence[Tensor] = [value * ratio for value in values]
+            if normalised and len(parts) == 2:
+                parts = _rescaled(parts, relevance)
+            return [part.sum_to_size(value.shape) for part, value in zip(parts, summands, strict=True) if _carries(value)]
+
+        return Propagate.apply(out, share, *carrying)
+
+    return rule
+
+
+def _rescaled(parts: Sequence[Tensor], relevance: Tensor) -> Sequence[Tensor]:
+    """A ← A · |ΣA| / (|ΣA| + |ΣB|) · ΣR / ΣA and B likewise, sums per image."""
+    first, second = (_per_image_sum(part) for part in parts)
+    total, weight = _per_image_sum(relevance), first.abs() + second.abs()
+    return [
+        part * (divide(divide(own.abs(), weight) * total, own)).reshape(-1, *(1,) * (part.dim() - 1))
+        for part, own in zip(parts, (first, second), strict=True)
+    ]
+
+
+def _per_image_sum(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1)
+
+
+def _first_convolution(func, args, kwargs) -> Tensor:
+    """The z^B rule between images and patch tokens, bounds per image, bias ignored."""
+    images, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+    if not images.is_leaf:
+        raise UnsupportedModelError(
+            "layer-wise relevance propagation to pixels: expected one convolution, from pixels to patches; received a second one"
+        )
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    switches = {name: options[name] for name in names[3:] if name in options}
+
+    def convolve(values: Tensor, kernel: Tensor) -> Tensor:
+        return F.conv2d(values, kernel, **switches)
+
+    def back(values: Tensor, kernel: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_input(images.shape, kernel, values, **switches)
+
+    def share(relevance: Tensor) -> Sequence[Tensor]:
+        pixels = images.detach()
+        low = pixels.amin((1, 2, 3), keepdim=True).expand_as(pixels)
+        high = pixels.amax((1, 2, 3), keepdim=True).expand_as(pixels)
+        positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+        total = convolve(pixels, weight) - convolve(low, positive) - convolve(high, negative) + GUARD
+        ratio = relevance / total
+        return (pixels * back(ratio, weight) - low * back(ratio, positive) - high * back(ratio, negative),)
+
+    return Propagate.apply(_computed(func, args, kwargs), share, images)
+
+
+def _constant_factor(func, args, kwargs) -> Tensor:
+    """An activation as a product with a constant: x · (f(x) / x)."""
+    (source,) = (value for value in args if _carries(value))
+    out = _computed(func, args, kwargs)
+    value = source.detach()
+    return Propagate.apply(out, lambda gradient: (gradient * divide(out, value),), source)
+
+
+def _constant_denominator(func, args, kwargs) -> Tensor:
+    """LayerNorm whose standard deviation is a constant: it centres, scales by constants, and shifts."""
+    source = args[0]
+    shape, weight, _, eps = _normalisation(args, kwargs)
+    dims = tuple(range(-len(shape), 0))
+    value = source.detach()
+    deviation = (value.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
+
+    def share(gradient: Tensor) -> Sequence[Tensor]:
+        scaled = (gradient if weight is None else gradient * weight) / deviation
+        return (scaled - scaled.mean(dims, keepdim=True),)
+
+    return Propagate.apply(_computed(func, args, kwargs), share, source)
+
+
+def _constant_root(func, args, kwargs) -> Tensor:
+    """RMSNorm whose root mean square is a constant."""
+    source = args[0]
+    options = {**dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)), **kwargs}
+    weight, eps = options.get("weight"), options.get("eps")
+    dims = tuple(range(-len(options["normalized_shape"]), 0))
+    value = source.detach()
+    eps = torch.finfo(value.dtype).eps if eps is None else eps
+    root = (value.square().mean(dims, keepdim=True) + eps).sqrt()
+    return Propagate.apply(
+        _computed(func, args, kwargs),
+        lambda gradient: ((gradient if weight is None else gradient * weight) / root,),
+        source,
+    )
+
+
+def _normalisation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
+    options = {**dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
+    return options["normalized_shape"], options.get("weight"), options.get("bias"), options.get("eps", 1e-5)
+
+
+def _half_product(func, args, kwargs) -> Tensor:
+    """A product of two activations: each gets half of the gradient, so that gradient × input keeps its sum."""
+    carrying = [value for value in args[:2] if _carries(value)]
+    if len(carrying) == 1:
+        return func(*args, **kwargs)
+    first, second = (value.detach() for value in carrying)
+    return Propagate.apply(
+        _computed(func, args, kwargs),
+        lambda gradient: ((0.5 * gradient * second).sum_to_size(first.shape), (0.5 * gradient * first).sum_to_size(second.shape)),
+        *carrying,
+    )
+
+
+def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``x += y`` computes a new tensor: the old one is still needed for sharing relevance."""
+    return torch.add if func.__name__ in ("__iadd__", "add_") else torch.mul if func.__name__ in ("__imul__", "mul_") else func
+
+
+_ADDITIONS = ("add", "__add__", "__radd__", "__iadd__", "add_")
+_DIVISIONS = ("div", "__truediv__", "__rtruediv__", "true_divide", "__div__", "__itruediv__", "div_")
+_PRODUCTS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", *_DIVISIONS)
+_ACTIVATIONS = (
+    "gelu",
+    "relu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "hardswish",
+    "elu",
+    "leaky_relu",
+    "relu_",
+    "silu_",
+    "sigmoid_",
+)
+_NORMALISATIONS = ("layer_norm", "rms_norm")
+# Functions that move values about, and the mean over tokens, which hands out relevance by its pooling weights.
+_MOVES = (
+    "reshape", "view", "permute", "transpose", "mT", "flatten", "unflatten", "unbind", "chunk", "split", "__getitem__", "cat",
+    "stack", "expand", "expand_as", "contiguous", "to", "type_as", "float", "double", "squeeze", "unsqueeze", "clone", "narrow",
+    "select", "pad", "movedim", "mean", "tensor_split", "repeat_interleave", "requires_grad_", "register_hook", "roll",
+    "concat", "dropout", "alias", "view_as", "reshape_as", "swapaxes", "swapdims", "index_select", "__get__",
+)  # fmt: skip
+
+
+def _table(*, separate: bool, normalised: bool) -> dict[str, Callable[..., Tensor]]:
+    table: dict[str, Callable[..., Tensor]] = {"linear": _linear(separate), "conv2d": _first_convolution}
+    table |= dict.fromkeys((*_ACTIVATIONS, *_NORMALISATIONS, "neg", "__neg__"), _identity)
+    table |= dict.fromkeys(_ADDITIONS, _add(normalised)) | dict.fromkeys(_PRODUCTS, _product)
+    return table
+
+
+TABLES: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "normalised": _table(separate=False, normalised=True),
+    "separate": _table(separate=True, normalised=False),
+    "conservative": {
+        **dict.fromkeys(_ACTIVATIONS, _constant_factor),
+        "layer_norm": _constant_denominator,
+        "rms_norm": _constant_root,
+        **dict.fromkeys((name for name in _PRODUCTS if name not in _DIVISIONS), _half_product),
+    },
+}
+
+
+class RuleMode(SdpaMode):
+    """Replaces the gradients of what a model computes by the rules of one table.
+
+    Args:
+        rules: name of the table. ``"normalised"`` and ``"separate"`` refuse functions that they have no rule for; what
+            ``"conservative"`` does not name keeps its gradient.
+        handler: is offered every fused attention.
+    """
+
+    def __init__(self, rules: str, handler: Callable[..., Tensor | None]) -> None:
+        super().__init__(handler)
+        self.rules = rules
+        self.table = TABLES[rules]
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(func, "__name__", str(func))
+        rule = self.table.get(name)
+        if rule is None and name not in _COMPUTES:
+            return self._unruled(name, func, args, kwargs)
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        if rule is None or not any(map(_carries, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        return rule(func, args, kwargs)
+
+    def _unruled(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if self.rules == "conservative" or name in _MOVES:
+            return out
+        if any(map(_carries, tree_leaves(out))):
+            raise UnsupportedModelError(f"layer-wise relevance propagation has no rule for {name}(), which the model calls")
+        return out
+
+
+# Functions with weights: a half-precision model's are widened before the first block, too.
+_COMPUTES = ("linear", "conv2d", "layer_norm", "rms_norm", "scaled_dot_product_attention", "matmul", "__matmul__", "embedding")
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
