@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 
 import vitexplain
 
+from .coverage import AGREES, COVERAGE, REFUSED, RUNS, TIMM_MODELS, Pair, TimmModel
+from .coverage import read as read_coverage
 from .operations import COMPUTE, FORWARD, NOT_MEASURED, results_path
 from .record import RESULTS, Row, read_rows
 
@@ -34,6 +37,41 @@ def method_table() -> str:
         specific = "yes" if info.class_specific else "no"
         lines.append(f"| {info.title} | `{info.name}` | {specific} | {info.cost} | {options} |")
     return "\n".join(lines)
+
+
+def coverage_table() -> str:
+    """Which method explains which family."""
+    pairs = read_coverage(COVERAGE, Pair)
+    methods = list(dict.fromkeys(pair.method for pair in pairs))
+    lines = [
+        f"| model | from | {' | '.join(f'`{method}`' for method in methods)} |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    signs = {AGREES: "✓", RUNS: "(✓)", REFUSED: "–"}
+    for package, family in dict.fromkeys((pair.package, pair.family) for pair in pairs):
+        found = {pair.method: signs[pair.outcome] for pair in pairs if (pair.package, pair.family) == (package, family)}
+        lines.append(f"| {family} | {package} | {' | '.join(found[method] for method in methods)} |")
+    counts = Counter(pair.outcome for pair in pairs)
+    reasons = sorted({pair.reason.replace(repr(pair.method), "…") for pair in pairs if pair.outcome == REFUSED})
+    lines += [
+        "",
+        f"✓ agrees with a dense float64 reference on a small random-weight model ({counts[AGREES]} pairs); (✓) explained, without a "
+        f"reference ({counts[RUNS]}); – refused ({counts[REFUSED]}): {'; '.join(reasons)}. `python -m bench.coverage`",
+        "",
+        _timm_sentence(),
+    ]
+    return "\n".join(lines)
+
+
+def _timm_sentence() -> str:
+    models = read_coverage(TIMM_MODELS, TimmModel)
+    counts = Counter(model.outcome for model in models)
+    partly = sum(model.outcome == "explained" and bool(model.reason) for model in models)
+    return (
+        f"Of timm's {len(models)} model names whose class is a supported one, {counts['explained']} are explained ({partly} of them not "
+        f"by `tokentm`, because values are normalised or gated before the output projection or branches run side by side), "
+        f"{counts[REFUSED]} are refused with the reason, {counts['failed']} fail. `python -m bench.coverage --timm`"
+    )
 
 
 def cost_table() -> str:
@@ -124,6 +162,7 @@ def _dtype(rows: list[Row], provider: str) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": method_table,
+    "coverage": coverage_table,
     "cost": cost_table,
     "memory": memory_table,
     "operations": operations_table,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import vitexplain
 from vitexplain import Explanation
 
 torch.set_num_threads(1)  # tests run in parallel processes
+# From the repository's root, transformers would take the folder ``kernels`` for the package of that name on the hub.
+sys.modules.setdefault("kernels", None)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

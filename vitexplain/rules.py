@@ -158,7 +158,9 @@ def _first_convolution(func, args, kwargs) -> Tensor:
         return F.conv2d(values, kernel, **switches)
 
     def back(values: Tensor, kernel: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_input(images.shape, kernel, values, **switches)
+        with torch.enable_grad():
+            source = torch.zeros_like(images).requires_grad_()  # a convolution's derivative is the same everywhere
+            return torch.autograd.grad(convolve(source, kernel), source, values)[0]
 
     def share(relevance: Tensor) -> Sequence[Tensor]:
         pixels = images.detach()

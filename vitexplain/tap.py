@@ -6,9 +6,11 @@ the library's fused forward and backward, with query, key, value, logsumexp and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -330,14 +332,17 @@ class Tap:
         if not (self.request.attention_input_gradient and block.is_last):
             return None
         tokens = first_input(args, kwargs)
-        if not tokens.requires_grad:
+        given = tokens
+        if tokens.requires_grad:
+            tokens = tokens.view_as(tokens)  # of its own, without what reaches the residual connection of a post-norm block
+        else:
             tokens = tokens.detach().requires_grad_()
             self.leaves.append(tokens)
         values = tokens.detach()
         tokens.register_hook(
             lambda gradient: self.listener.attention_input_gradient(block, values, gradient) if self.listener else None
         )
-        return with_every_input(tokens, args, kwargs)
+        return with_every_input(given, tokens, args, kwargs)
 
     def _enter_block(self, block: BlockTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens = first_input(args, kwargs)
@@ -418,11 +423,19 @@ def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor
         for name, _ in absent:
             setattr(block.block, name, None)
         with SdpaMode(lambda *_, **__: attention_out):
-            out = block.block(tokens)
+            out = block.block(tokens, *(None for _ in _required_inputs(type(block.block))))
     finally:
         for name, module in absent:
             setattr(block.block, name, module)
     return out[0] if isinstance(out, tuple) else out
+
+
+@lru_cache
+def _required_inputs(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What a block must be called with beside its tokens: masks and position embeddings, which act on scores alone."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[2:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty)
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -437,9 +450,10 @@ def with_first_input(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {**kwargs, next(iter(kwargs)): tokens}
 
 
-def with_every_input(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with other tokens wherever they stand: ``nn.MultiheadAttention`` takes them three times."""
-    old = first_input(args, kwargs)
+def with_every_input(
+    old: Tensor, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other tokens wherever the old ones stand: ``nn.MultiheadAttention`` takes them three times."""
     return tuple(tokens if arg is old else arg for arg in args), {
         name: tokens if value is old else value for name, value in kwargs.items()
     }

@@ -33,5 +33,7 @@ class GradCAM(Method):
         m, dtype = state.support, state.values.dtype
         row_gradient = (state.values[:, :, :m].unsqueeze(1) @ grad_out[:, :, :m].to(dtype)).squeeze(2)  # (B, H, dv)
         mean_value = block.value[:, :, trace.anatomy.num_prefix_tokens :].mean(2, dtype=dtype)  # (B, H, dv)
+        if block.valid_tokens is not None:  # padding has no value, and does not count
+            mean_value = mean_value / block.valid_tokens.to(dtype).mean(1)[:, None, None]
         weights = (row_gradient * mean_value).sum(-1) / block.value.shape[1]  # mean of G over patch columns, over H
         return state.dense(propagate(state, block, head_weights=weights).relu())

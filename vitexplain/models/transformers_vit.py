@@ -99,8 +99,8 @@ def read(model: Any) -> Anatomy:
     base = getattr(model, kind.base)
     config = base.config
     name = type(model).__name__
-    if kind.has_classes and config.num_labels <= 0:
-        raise UnsupportedModelError(f"{name} has no classifier (num_labels={config.num_labels}): expected a model with logits")
+    if kind.has_classes and model.config.num_labels <= 0:
+        raise UnsupportedModelError(f"{name} has no classifier (num_labels={model.config.num_labels}): expected a model with logits")
     registers = getattr(config, "num_register_tokens", 0)
     prefix, read_tokens = kind.num_prefix_tokens + registers, kind.num_read_tokens
     if kind.base == "beit" and not config.use_mean_pooling:
@@ -133,7 +133,7 @@ def read(model: Any) -> Anatomy:
         family=FAMILY,
         model=model,
         blocks=tuple(pre_norm_block(block) for block in part(base, "layers", "encoder.layer", "encoder.layers")),
-        num_classes=config.num_labels if kind.has_classes else config.projection_dim,
+        num_classes=model.config.num_labels if kind.has_classes else config.projection_dim,
         has_classes=kind.has_classes,
         head=lambda tokens: kind.head(model, base, tokens),
         grid=lambda height, width: (height // patch[0], width // patch[1]),

@@ -67,7 +67,11 @@ class DenseReference:
                 self.images: Any = inputs.detach().clone().to(dtype).requires_grad_()
             else:
                 self.images = dict(inputs)
+            leaf: list[Tensor] = []
+            handle = None if isinstance(inputs, Tensor) else _on_leaf(self.blocks[0], leaf)  # token ids have no gradient
             self._graph_logits = self._forward(self.images, keep=True)
+            if handle is not None:
+                handle.remove()
         self.logits = self._graph_logits.detach()
         self.pooling = self._pooling()
 
@@ -101,7 +105,7 @@ class DenseReference:
                 handles.append(_on_input(block, self.inputs))
                 handles.append(self._on_call(block))
                 handles.append(_on_output(block, outs))
-                handles.append(_on_input(structure.attention(block), self.attention_inputs))
+                handles.append(_on_own_input(structure.attention(block), self.attention_inputs))
                 if _has(structure.middle, block):
                     handles.append(_on_input(structure.middle(block), self.middles))
                 if structure.mlp_out is not None:
@@ -390,6 +394,20 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _on_input(module: torch.nn.Module, kept: list[Tensor]) -> Any:
     return module.register_forward_pre_hook(lambda _, args, kwargs: kept.append(_first(args, kwargs)), with_kwargs=True)
+
+
+def _on_own_input(module: torch.nn.Module, kept: list[Tensor]) -> Any:
+    """What the module is called with, as a tensor of its own, so that its gradient is what arrives through this module alone."""
+
+    def replace(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = _first(args, kwargs)
+        kept.append(given.clone())
+        return (
+            tuple(kept[-1] if value is given else value for value in args),
+            {name: kept[-1] if value is given else value for name, value in kwargs.items()},
+        )
+
+    return module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
 def _on_output(module: torch.nn.Module, kept: list[Tensor]) -> Any:

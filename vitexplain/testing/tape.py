@@ -76,14 +76,15 @@ class Tape(TorchFunctionMode):
     def attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ) -> Tensor:
-        """softmax(q kᵀ scale + mask) v."""
+        """softmax((q kᵀ + mask / scale) · scale) v: so written, a bias shares relevance with the unscaled scores."""
         assert not any((dropout_p, is_causal, enable_gqa))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         scores = query @ key.transpose(-2, -1)
-        scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-            scores = scores + attn_mask
+            scores = scores + attn_mask / scale
+        scores = scores * scale
         maps = scores.softmax(dim=-1)
         self.attentions.append(DenseAttention(maps, value))
         return maps @ value
@@ -178,7 +179,7 @@ class Relevance:
         if len(summands) == 1 or any(value.dim() <= 1 for value in summands):
             return [relevance]  # a number or a bias
         parts = [value * _over(relevance, out) for value in summands]
-        if self.shared:
+        if self.shared and all(id(value) in self.carriers for value in summands):
             batch = relevance.shape[0]
             for i in range(batch):
                 sums = [part[i].sum() for part in parts]

@@ -1,0 +1,172 @@
+"""What explains what: every method on a small model of every family, and every timm model of a supported class.
+
+python -m bench.coverage          # each pair against the dense float64 reference -> results/coverage.csv
+python -m bench.coverage --timm   # every name of timm.list_models(), two blocks deep -> results/timm_models.csv
+
+The tests make the same comparisons and hold them to the committed table; the README's table is made of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitexplain
+from vitexplain import Explanation, ExplanationError
+from vitexplain.models import FAMILIES as KNOWN
+from vitexplain.testing import DenseReference
+from vitexplain.testing.families import FAMILIES, FamilyCase
+
+from .record import RESULTS
+
+COVERAGE = RESULTS / "coverage.csv"
+TIMM_MODELS = RESULTS / "timm_models.csv"
+
+AGREES = "agrees"
+RUNS = "explained, without a reference"
+REFUSED = "refused"
+# float64, maps rounded to float32; quotients near 0 / 0 in LRP's own rules multiply rounding errors
+TOLERANCE = {"lrp": 1e-5, "partial_lrp": 1e-5}
+DEFAULT_TOLERANCE = 1e-6
+
+TIMM_METHODS = ("tokentm", "gmar", "iba", "rollout")
+TIMM_DEPTH = 2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One method on one family: how it went, and why not."""
+
+    package: str
+    family: str
+    method: str
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class TimmModel:
+    """One name of timm's: its class, how it went, and why not."""
+
+    name: str
+    kind: str
+    outcome: str
+    reason: str = ""
+
+
+def outcomes(case: FamilyCase) -> Iterator[Pair]:
+    """Every method on one family, against the dense reference; raises ``AssertionError`` where they disagree."""
+    model, inputs, score = case.model(), case.inputs(), case.score()
+    reference = DenseReference(model, inputs)
+    for info in vitexplain.methods():
+        try:
+            ours = vitexplain.explain(model, inputs, method=info.name, score=score)
+        except ExplanationError as error:
+            yield Pair(case.package, case.family, info.name, REFUSED, str(error))
+            continue
+        assert torch.isfinite(ours.maps).all(), f"{info.name} on {case.family}: values that are not finite"
+        if not hasattr(DenseReference, f"_{info.name}"):
+            yield Pair(case.package, case.family, info.name, RUNS)
+            continue
+        exact = reference.explain(info.name, score or ours.target)
+        error = relative_error(_values(ours), exact.flatten(1))
+        limit = TOLERANCE.get(info.name, DEFAULT_TOLERANCE)
+        assert error <= limit, f"{info.name} on {case.package} {case.family}: relative error {error:.1e}, expected {limit:.0e}"
+        yield Pair(case.package, case.family, info.name, AGREES)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest magnitude expected; 0 where both are all zero."""
+    return float((actual.double() - expected).abs().max()) / max(float(expected.abs().max()), 1e-300)
+
+
+def _values(explanation: Explanation) -> Tensor:
+    return torch.cat([explanation.prefix_values, explanation.maps.flatten(1)], -1)
+
+
+def supported_timm_names() -> Iterator[str]:
+    """Names of timm's whose class one of the families reads; classes are found without making weights."""
+    for name in timm.list_models():
+        with torch.device("meta"):
+            try:
+                model = timm.create_model(name)
+            except (NotImplementedError, RuntimeError):  # some convolutional models compute with their weights as they are built
+                continue
+        if any(family.reads(model) for family in KNOWN):
+            yield name
+
+
+def explain_timm_model(name: str) -> TimmModel:
+    """A timm model, two blocks deep and with ten classes where it has none, explained on noise."""
+    torch.manual_seed(0)
+    model = _built(name)
+    kind = type(model).__name__
+    size = getattr(model.patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    channels = model.pretrained_cfg.get("input_size", (3,))[0]
+    images = torch.randn(1, channels, *size)
+    try:
+        vitexplain.Explainer(model, "rollout")
+    except ExplanationError as error:
+        return TimmModel(name, kind, REFUSED, str(error))
+    refused, explained = [], []
+    for method in TIMM_METHODS:
+        try:
+            vitexplain.Explainer(model, method)
+            explained.append(method)
+        except ExplanationError as error:
+            refused.append(str(error))
+    for method, explanation in vitexplain.explain(model, images, method=explained).items():
+        assert torch.isfinite(explanation.maps).all(), f"{name}, {method}: values that are not finite"
+        assert explanation.maps.abs().max() > 0, f"{name}, {method}: all zero"
+    return TimmModel(name, kind, "explained", "; ".join(refused))
+
+
+def _built(name: str) -> nn.Module:
+    model = timm.create_model(name, depth=TIMM_DEPTH)
+    return model.eval() if model.num_classes else timm.create_model(name, depth=TIMM_DEPTH, num_classes=10).eval()
+
+
+def write(path: Path, rows: Iterable[Pair] | Iterable[TimmModel]) -> None:
+    """Rows with a header."""
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(rows[0])])
+        writer.writerows(astuple(row) for row in rows)
+
+
+def read(path: Path, kind: type) -> list:
+    """The rows of a file, as ``Pair`` or ``TimmModel``."""
+    with path.open(newline="") as file:
+        return [kind(**row) for row in csv.DictReader(file)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timm", action="store_true", help="sweep over timm.list_models()")
+    if not parser.parse_args().timm:
+        pairs = [pair for case in FAMILIES for pair in outcomes(case)]
+        write(COVERAGE, pairs)
+        print(Counter(pair.outcome for pair in pairs))
+        return
+    models = []
+    for name in supported_timm_names():
+        try:
+            models.append(explain_timm_model(name))
+        except Exception as error:  # a failure is a row of the table, and the sweep goes on
+            models.append(TimmModel(name, "", "failed", f"{type(error).__name__}: {error}"))
+        print(*astuple(models[-1]), sep=" | ", flush=True)
+    write(TIMM_MODELS, models)
+    print(Counter(model.outcome for model in models))
+
+
+if __name__ == "__main__":
+    main()
