@@ -70,9 +70,7 @@ def _state(model: torch.nn.Module) -> dict[str, object]:
         "training": [module.training for module in model.modules()],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
         "children": [name for name, _ in model.named_modules()],
-        "implementation": [
-            module.config._attn_implementation for module in model.modules() if hasattr(module, "config")
-        ],
+        "implementation": [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
         "sdpa": torch.nn.functional.scaled_dot_product_attention,
     }
 

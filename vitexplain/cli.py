@@ -110,7 +110,7 @@ def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
 
 @app.command()
 def demo(output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("vitexplain_demo.png")) -> None:
-    """Explain scikit-image's cat with the shipped model, by every method."""
+    """Explain scikit-image's cat with the shipped model, by every method of this library's own."""
 
     def run() -> None:
         try:
@@ -252,9 +252,9 @@ class _Session:
         backend: str = "auto",
     ) -> None:
         from .explainer import Explainer
-        from .methods import REGISTRY
+        from .methods import own_methods
 
-        names = list(REGISTRY) if method and "all" in method else method or ["tokentm"]
+        names = own_methods() if method and "all" in method else method or ["tokentm"]
         self.loaded = loaded
         self.targets = [loaded.class_index(text) for text in target or []]
         self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or []))

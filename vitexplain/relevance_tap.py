@@ -116,15 +116,19 @@ class RelevanceTap(Tap):
         self.to_pixels = to_inputs and not self.conservative
         self.relevance_listener: RelevanceListener | None = None
 
+    def __enter__(self) -> RelevanceTap:
+        device = next(self.anatomy.model.parameters()).device.type
+        self._stack.enter_context(torch.autocast(device, enabled=False))  # for the way back, too
+        super().__enter__()
+        return self
+
     def forward(self, inputs: Any) -> Tensor:
         """Run the model; the gradient of the result is relevance. Half-precision inputs are widened."""
         if isinstance(inputs, Tensor):
             inputs = inputs.detach().float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.detach()
         if self.to_pixels:
             inputs = inputs.clone().requires_grad_()
-        device = next(self.anatomy.model.parameters()).device.type
-        with torch.autocast(device, enabled=False):
-            output = super().forward(inputs)
+        output = super().forward(inputs)
         if self.to_pixels:
             self.leaves = [inputs]
         return output

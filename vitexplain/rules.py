@@ -49,9 +49,26 @@ class Propagate(torch.autograd.Function):
         return None, None, *ctx.share(relevance)
 
 
-def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+class Refuse(torch.autograd.Function):
+    """Stands for a function without a rule: no harm where its result is not used, an error where relevance arrives."""
+
+    @staticmethod
+    def forward(ctx, name: str, out: Tensor, *inputs: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.name = name
+        return out.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, relevance: Tensor):  # noqa: ARG004
+        raise UnsupportedModelError(f"layer-wise relevance propagation has no rule for {ctx.name}(), which the model calls")
+
+
+def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The function's result, its inputs left as they are: sharing relevance needs them."""
+    name = func.__name__
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
     with torch.no_grad():
-        return func(*args, **kwargs)
+        return func(args[0].detach().clone(), *args[1:], **kwargs) if in_place else func(*args, **kwargs)
 
 
 def _carries(value: Any) -> bool:
@@ -112,8 +129,8 @@ def _add(normalised: bool) -> Callable[..., Tensor]:
         carrying = [value for value in args[:2] if _carries(value)]
         others = [value for value in args[:2] if isinstance(value, Tensor) and not value.requires_grad]
         if len(carrying) == 1 and (not others or others[0].dim() <= 1):
-            return _identity(_out_of_place(func), args, kwargs)
-        out = _computed(_out_of_place(func), args, kwargs)
+            return _identity(func, args, kwargs)
+        out = _computed(func, args, kwargs)
         summands = [value for value in args[:2] if isinstance(value, Tensor)]
         values = [value.detach() for value in summands]
 
@@ -231,11 +248,6 @@ def _half_product(func, args, kwargs) -> Tensor:
     )
 
 
-def _out_of_place(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``x += y`` computes a new tensor: the old one is still needed for sharing relevance."""
-    return torch.add if func.__name__ in ("__iadd__", "add_") else torch.mul if func.__name__ in ("__imul__", "mul_") else func
-
-
 _ADDITIONS = ("add", "__add__", "__radd__", "__iadd__", "add_")
 _DIVISIONS = ("div", "__truediv__", "__rtruediv__", "true_divide", "__div__", "__itruediv__", "div_")
 _PRODUCTS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", *_DIVISIONS)
@@ -299,20 +311,26 @@ class RuleMode(SdpaMode):
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         rule = self.table.get(name)
-        if rule is None and name not in _COMPUTES:
+        if rule is not None or name in _COMPUTES:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        if rule is None:
             return self._unruled(name, func, args, kwargs)
-        args, kwargs = tree_map(_widened, (args, kwargs))
-        if rule is None or not any(map(_carries, tree_leaves((args, kwargs)))):
+        if not any(map(_carries, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         return rule(func, args, kwargs)
 
     def _unruled(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
         if self.rules == "conservative" or name in _MOVES:
-            return out
-        if any(map(_carries, tree_leaves(out))):
-            raise UnsupportedModelError(f"layer-wise relevance propagation has no rule for {name}(), which the model calls")
-        return out
+            return func(*args, **kwargs)
+        carrying = [value for value in tree_leaves((args, kwargs)) if _carries(value)]
+        if not carrying:
+            return func(*args, **kwargs)
+        out = _computed(func, args, kwargs)
+        return tree_map(lambda value: Refuse.apply(name, value, *carrying) if _is_floating(value) else value, out)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 # Functions with weights: a half-precision model's are widened before the first block, too.

@@ -72,6 +72,7 @@ __all__ = [
     "TransformerMM",
     "build_methods",
     "list_methods",
+    "own_methods",
 ]
 
 
@@ -95,6 +96,11 @@ def list_methods() -> tuple[MethodInfo, ...]:
         MethodInfo(kind.name, kind.title, kind.paper, kind.cost, kind.options(), kind.uses_target, kind.is_chain, kind.resolution)
         for kind in REGISTRY.values()
     )
+
+
+def own_methods() -> list[str]:
+    """Names of the methods that this library computes itself: all but the adapters, which need an extra and many passes."""
+    return [name for name, kind in REGISTRY.items() if not issubclass(kind, CaptumMethod)]
 
 
 def build_methods(method: str | Method | Iterable[str | Method], options: Mapping[str, Any]) -> list[Method]:

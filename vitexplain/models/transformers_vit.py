@@ -100,7 +100,9 @@ def read(model: Any) -> Anatomy:
     config = base.config
     name = type(model).__name__
     if kind.has_classes and model.config.num_labels <= 0:
-        raise UnsupportedModelError(f"{name} has no classifier (num_labels={model.config.num_labels}): expected a model with logits")
+        raise UnsupportedModelError(
+            f"{name} has no classifier (num_labels={model.config.num_labels}): expected a model with logits"
+        )
     registers = getattr(config, "num_register_tokens", 0)
     prefix, read_tokens = kind.num_prefix_tokens + registers, kind.num_read_tokens
     if kind.base == "beit" and not config.use_mean_pooling:

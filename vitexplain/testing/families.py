@@ -76,7 +76,7 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "token" in name or "pos" in name or "embedding" in name.lower() and "patch" not in name:
+            if "token" in name or "pos" in name or ("embedding" in name.lower() and "patch" not in name):
                 normal(parameter, 0.0, 0.5)
             elif parameter.dim() > 1:
                 normal(parameter, 0.0, parameter[0].numel() ** -0.5)
@@ -99,9 +99,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 def _torchvision() -> nn.Module:
     from torchvision.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7
-    )
+    model = VisionTransformer(image_size=32, patch_size=8, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, num_classes=7)
     return model
 
 
@@ -173,7 +171,12 @@ FAMILIES: tuple[FamilyCase, ...] = (
         "BEiT",
         "transformers",
         _transformers(
-            _IMAGES, "BeitConfig", **_VISION, **_LABELS, layer_scale_init_value=0.3, use_relative_position_bias=True,
+            _IMAGES,
+            "BeitConfig",
+            **_VISION,
+            **_LABELS,
+            layer_scale_init_value=0.3,
+            use_relative_position_bias=True,
             use_mask_token=False,
         ),
     ),  # fmt: skip
