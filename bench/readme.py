@@ -55,8 +55,8 @@ def coverage_table() -> str:
     reasons = sorted({pair.reason.replace(repr(pair.method), "…") for pair in pairs if pair.outcome == REFUSED})
     lines += [
         "",
-        f"✓ agrees with a dense float64 reference on a small random-weight model ({counts[AGREES]} pairs); (✓) explained, without a "
-        f"reference ({counts[RUNS]}); – refused ({counts[REFUSED]}): {'; '.join(reasons)}. `python -m bench.coverage`",
+        f"✓ agrees with a dense float64 reference on a small random-weight model ({counts[AGREES]} pairs); (✓) explained, "
+        f"without a reference ({counts[RUNS]}); – refused ({counts[REFUSED]}): {'; '.join(reasons)}. `python -m bench.coverage`",
         "",
         _timm_sentence(),
     ]
@@ -68,8 +68,8 @@ def _timm_sentence() -> str:
     counts = Counter(model.outcome for model in models)
     partly = sum(model.outcome == "explained" and bool(model.reason) for model in models)
     return (
-        f"Of timm's {len(models)} model names whose class is a supported one, {counts['explained']} are explained ({partly} of them not "
-        f"by `tokentm`, because values are normalised or gated before the output projection or branches run side by side), "
+        f"Of timm's {len(models)} model names whose class is a supported one, {counts['explained']} are explained ({partly} of "
+        f"them not by `tokentm`, because values are normalised or gated before the output projection or branches run side by side), "
         f"{counts[REFUSED]} are refused with the reason, {counts['failed']} fail. `python -m bench.coverage --timm`"
     )
 

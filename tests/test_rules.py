@@ -274,6 +274,6 @@ def test_convolutional_stems_have_no_relevance_to_pixels() -> None:
 
     model = timm.create_model("vit_tiny_r_s16_p8_224", depth=1).eval()
     images = torch.randn(1, 3, 224, 224)
-    with pytest.raises(UnsupportedModelError, match="no rule for|a second one"):
+    with pytest.raises(UnsupportedModelError, match=r"no rule for|a second one"):
         vitexplain.explain(model, images, method="lrp")
     assert vitexplain.explain(model, images, method="transformer_attribution").maps.shape == (1, 7, 7)

@@ -377,8 +377,7 @@ class _Run:
                 for number, target in enumerate(self.targets):
                     last = number == len(self.targets) - 1
                     grad_out = self.grad_out[number] if self.grad_out else {}
-                    scalars = _scalars(output, target, "logit")
-                    values = walk_with_relevance(tap, trace, methods, scalars, target, grad_out, last=last)
+                    values = walk_with_relevance(tap, trace, methods, output, target, grad_out, last=last)
                     for method, value in zip(methods, values, strict=True):
                         self.add(method, value)
 

@@ -392,20 +392,23 @@ def walk_with_relevance(
     tap: RelevanceTap,
     trace: Trace,
     methods: Sequence[RelevanceMethod],
-    scalars: Tensor,
+    outputs: Tensor,
     target: Target,
     grad_out: dict[int, Tensor],
     *,
     last: bool,
 ) -> list[Tensor]:
-    """One relevance pass from ``scalars`` (B,); the values of each method.
+    """One relevance pass from the model's outputs (B, C); the values of each method.
 
     ``grad_out``: gradients of attention outputs by block index, for the methods that need them.
     """
     listener = _RelevanceWalk(trace, methods, target, grad_out)
     tap.relevance_listener = listener
     try:
-        *_, relevance = torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
+        if tap.conservative:  # its relevance is a gradient's product with the input
+            *_, relevance = torch.autograd.grad(target.value(outputs).sum(), tap.leaves, retain_graph=not last)
+        else:
+            *_, relevance = torch.autograd.grad(outputs, tap.leaves, target.relevance(outputs), retain_graph=not last)
     finally:
         tap.relevance_listener = None
     return [

@@ -314,7 +314,8 @@ class DenseReference:
             handle.remove()
         with torch.enable_grad():
             leaf = out.clone().requires_grad_()
-            (start,) = torch.autograd.grad(scalar(leaf).sum(), leaf)
+            (gradient,) = torch.autograd.grad(scalar(leaf).sum(), leaf)
+        start = torch.stack([g * y / (g @ y) for g, y in zip(gradient, out, strict=True)])  # one unit an image
         sent = Relevance(tape.calls, [images] if source == "images" else first, shared)
         with torch.no_grad():
             sent.send(out, start)

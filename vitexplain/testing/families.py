@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 _TIMM = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
 _VISION = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8)
+_BEIT = {**_VISION, "layer_scale_init_value": 0.3, "use_relative_position_bias": True}
 _LABELS = dict(num_labels=7)
 _TEXT = dict(
     vocab_size=50, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_position_embeddings=32,
@@ -167,19 +168,7 @@ FAMILIES: tuple[FamilyCase, ...] = (
         "transformers",
         _transformers(_IMAGES, "Dinov2WithRegistersConfig", **_VISION, **_LABELS, layerscale_value=0.3),
     ),
-    FamilyCase(
-        "BEiT",
-        "transformers",
-        _transformers(
-            _IMAGES,
-            "BeitConfig",
-            **_VISION,
-            **_LABELS,
-            layer_scale_init_value=0.3,
-            use_relative_position_bias=True,
-            use_mask_token=False,
-        ),
-    ),  # fmt: skip
+    FamilyCase("BEiT", "transformers", _transformers(_IMAGES, "BeitConfig", **_BEIT, **_LABELS)),
     FamilyCase("SigLIP", "transformers", _siglip),
     FamilyCase("CLIP, classifier", "transformers", _clip_classifier),
     FamilyCase("CLIP vision tower, prompt score", "transformers", _clip_tower, embeds=True),
