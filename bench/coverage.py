@@ -2,6 +2,7 @@
 
 python -m bench.coverage          # each pair against the dense float64 reference -> results/coverage.csv
 python -m bench.coverage --timm   # every name of timm.list_models(), two blocks deep -> results/timm_models.csv
+python -m bench.coverage --timm vit_tiny_patch16_224   # this one again
 
 The tests make the same comparisons and hold them to the committed table; the README's table is made of it.
 """
@@ -130,8 +131,15 @@ def explain_timm_model(name: str) -> TimmModel:
 
 
 def _built(name: str) -> nn.Module:
-    model = timm.create_model(name, depth=TIMM_DEPTH)
-    return model.eval() if model.num_classes else timm.create_model(name, depth=TIMM_DEPTH, num_classes=10).eval()
+    with torch.device("meta"):
+        whole = timm.create_model(name)
+    options: dict[str, object] = {"depth": TIMM_DEPTH}
+    if not whole.num_classes:
+        options["num_classes"] = 10
+    groups = [getattr(getattr(block, "attn", None), "num_kv_heads", 0) for block in whole.blocks]
+    if any(groups):  # may be given block by block, for more blocks than are built
+        options["num_kv_heads"] = min(groups)
+    return timm.create_model(name, **options).eval()
 
 
 def write(path: Path, rows: Iterable[Pair] | Iterable[TimmModel]) -> None:
@@ -152,20 +160,22 @@ def read(path: Path, kind: type) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", action="store_true", help="sweep over timm.list_models()")
-    if not parser.parse_args().timm:
+    parser.add_argument("names", nargs="*", help="with --timm: only these, whose rows replace the old ones")
+    arguments = parser.parse_args()
+    if not arguments.timm:
         pairs = [pair for case in FAMILIES for pair in outcomes(case)]
         write(COVERAGE, pairs)
         print(Counter(pair.outcome for pair in pairs))
         return
-    models = []
-    for name in supported_timm_names():
+    models = {model.name: model for model in read(TIMM_MODELS, TimmModel)} if arguments.names else {}
+    for name in arguments.names or supported_timm_names():
         try:
-            models.append(explain_timm_model(name))
+            models[name] = explain_timm_model(name)
         except Exception as error:  # a failure is a row of the table, and the sweep goes on
-            models.append(TimmModel(name, "", "failed", f"{type(error).__name__}: {error}"))
-        print(*astuple(models[-1]), sep=" | ", flush=True)
-    write(TIMM_MODELS, models)
-    print(Counter(model.outcome for model in models))
+            models[name] = TimmModel(name, "", "failed", f"{type(error).__name__}: {error}")
+        print(*astuple(models[name]), sep=" | ", flush=True)
+    write(TIMM_MODELS, [models[name] for name in sorted(models)])
+    print(Counter(model.outcome for model in models.values()))
 
 
 if __name__ == "__main__":
