@@ -86,3 +86,15 @@ def test_bad_requests_are_refused(explanation, tmp_path, call, message: str) -> 
     with pytest.raises(vitexplain.ExplanationError, match=message):
         call(explanation, tmp_path)
     assert issubclass(InputError, vitexplain.ExplanationError)
+
+
+def test_maps_of_pixels_and_of_scores_are_written_and_shown_like_any_other(model, images, tmp_path) -> None:
+    pixels = vitexplain.explain(model, images, method="lrp", score=vitexplain.margin(0, 1))
+    assert pixels.maps.shape == (2, 32, 32)
+    assert pixels.overlay(np.zeros((40, 50, 3), np.uint8), index=1).size == (50, 40)
+    assert pixels.to_image((8, 12)).shape == (2, 8, 12)
+    with np.load(pixels.save(tmp_path / "maps.npz")) as archive:
+        assert archive["maps"].shape == (2, 32, 32)
+        assert archive["prefix_values"].shape == (2, 0)
+        assert "target" not in archive
+    assert Image.open(pixels.save(tmp_path / "map.png")).size == (224, 224)

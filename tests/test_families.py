@@ -132,6 +132,9 @@ def test_a_map_of_a_text_has_one_value_a_token(text_case: FamilyCase) -> None:
     assert result.maps.shape == (2, 2, 11)
     assert result.prefix_values.shape == (2, 2, 0)
     assert result.maps[1, :, 8:].abs().max() == 0
+    for picture in (lambda: result.to_image(32), lambda: result.overlay(None), lambda: result.save("map.png")):
+        with pytest.raises(InputError, match="expected an explanation of images, received one of texts"):
+            picture()
     whole = vitexplain.explain(model, inputs, method="rollout", rows="all")
     assert whole.contribution.shape == (2, 11, 11)
 

@@ -103,3 +103,30 @@ def test_bad_scores_get_one_line_that_names_expected_and_received(model, images,
 def test_an_embedding_without_a_score_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="score= to say what of its embedding is explained"):
         vitexplain.Explainer(build_model(num_classes=0))
+
+
+def test_an_embedding_s_norm_is_a_constant_to_relevance() -> None:
+    """A similarity does not change with an embedding's length: gradient × output is 0, and with a constant norm it is the score."""
+    model = build_model(num_classes=0).double()
+    images = images_for(model, 2).double()
+    prompt = torch.randn(model.num_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ways = [
+        similarity(prompt),
+        lambda outputs: torch.nn.functional.cosine_similarity(outputs, prompt.expand_as(outputs), dim=-1),
+        lambda outputs: outputs / outputs.norm(dim=-1, keepdim=True) @ (prompt / prompt.norm()),
+        lambda outputs: outputs / torch.linalg.vector_norm(outputs, dim=-1, keepdim=True) @ (prompt / prompt.norm()),
+    ]
+    methods = ["transformer_attribution", "lrp", "conservative_lrp"]
+    first = vitexplain.explain(model, images, method=methods, score=ways[0])
+    for way in ways[1:]:
+        again = vitexplain.explain(model, images, method=methods, score=way)
+        for name in methods:
+            assert relative_error(again[name].maps, first[name].maps) <= 1e-6, name
+    assert first["transformer_attribution"].maps.abs().max() > 1e-6
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    complete = vitexplain.explain(model, images, method="conservative_lrp", score=ways[0])
+    total = complete.maps.sum((1, 2)) + complete.prefix_values.sum(1)
+    torch.testing.assert_close(total.double(), ways[0](complete.logits), rtol=1e-5, atol=1e-6)

@@ -49,7 +49,12 @@ class Explanation:
         return len(self.maps)
 
     def to_image(self, size: int | tuple[int, int]) -> Tensor:
-        """Maps up-sampled bilinearly to ``size`` (an int, or height and width): (B, h, w) or (B, K, h, w)."""
+        """Maps up-sampled bilinearly to ``size`` (an int, or height and width): (B, h, w) or (B, K, h, w).
+
+        Raises:
+            InputError: the explanation is of texts, or the size does not fit.
+        """
+        self._expect_images()
         return upsample(self.maps, size)
 
     def overlay(
@@ -67,6 +72,7 @@ class Explanation:
         Raises:
             InputError: an index, image or option that does not fit.
         """
+        self._expect_images()
         heat = self._select(index, target_index)
         return blend(as_photo(image), heat, alpha=alpha, signed=self.signed, colormap=colormap)
 
@@ -86,6 +92,8 @@ class Explanation:
         suffix = path.suffix.lower()
         if suffix not in (".npz", *_PICTURES):
             raise InputError(f"path: expected a suffix of .npz, {', '.join(_PICTURES)}, received {path.name!r}")
+        if suffix != ".npz":
+            self._expect_images()
         try:
             if suffix == ".npz":
                 np.savez_compressed(path, **self._arrays())
@@ -99,6 +107,10 @@ class Explanation:
         except OSError as error:
             raise InputError(f"path: cannot write {str(path)!r}: {error.strerror or error}") from error
         return path
+
+    def _expect_images(self) -> None:
+        if self.maps.dim() - self.prefix_values.dim() == 0:
+            raise InputError("picture: expected an explanation of images, received one of texts, whose maps are over tokens")
 
     def _select(self, index: int, target_index: int) -> Tensor:
         if not 0 <= index < len(self.maps):

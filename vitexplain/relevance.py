@@ -23,6 +23,7 @@ from .kernels.attention_backward.choose import one_pass_is_faster
 from .kernels.dispatch import accumulation_dtype
 from .models import Anatomy
 from .relevance_tap import AttentionRelevance, RelevanceTap
+from .rules import RuleMode
 from .tap import BlockTrace, Tap
 from .targets import Target
 
@@ -364,6 +365,26 @@ def relevant_rows(rows: Rows, attention: AttentionRelevance, grad_out: Tensor | 
     return moved.mean(1, keepdim=True)
 
 
+def shares_of_score(outputs: Tensor, target: Target) -> Tensor:
+    """One unit of relevance an image, shared among outputs (B, C) by what each adds to the scalar: gradient × output.
+
+    A class's logit takes all of it. A margin's two logits take shares of opposite sign that add up to one: a start with their
+    gradient, 1 and −1, would add up to nothing, and rules that keep the sum would hand nothing on.
+    """
+    gradient = _gradient_of_score(outputs, target)
+    shares = gradient * outputs.detach()
+    total = shares.sum(1, keepdim=True)
+    return torch.where(total == 0, gradient, shares / total)
+
+
+def _gradient_of_score(outputs: Tensor, target: Target) -> Tensor:
+    """Of the scalar with respect to outputs (B, C), an embedding's norm taken for a constant as a layer's is."""
+    with torch.enable_grad(), RuleMode("conservative", lambda *_, **__: None):
+        leaf = outputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(target.value(leaf).sum(), leaf)
+    return gradient
+
+
 class RelevanceMethod(WalkingMethod, Protocol):
     """A method that reads relevance on its way back through a model."""
 
@@ -405,10 +426,8 @@ def walk_with_relevance(
     listener = _RelevanceWalk(trace, methods, target, grad_out)
     tap.relevance_listener = listener
     try:
-        if tap.conservative:  # its relevance is a gradient's product with the input
-            *_, relevance = torch.autograd.grad(target.value(outputs).sum(), tap.leaves, retain_graph=not last)
-        else:
-            *_, relevance = torch.autograd.grad(outputs, tap.leaves, target.relevance(outputs), retain_graph=not last)
+        start = _gradient_of_score(outputs, target) if tap.conservative else shares_of_score(outputs, target)
+        *_, relevance = torch.autograd.grad(outputs, tap.leaves, start, retain_graph=not last)
     finally:
         tap.relevance_listener = None
     return [

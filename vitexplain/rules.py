@@ -230,6 +230,25 @@ def _constant_root(func, args, kwargs) -> Tensor:
     )
 
 
+def _unit_length(func, args, kwargs) -> Tensor:  # noqa: ARG001
+    """``F.normalize`` whose norm is a constant."""
+    options = {**dict(zip(("input", "p", "dim", "eps"), args, strict=False)), **kwargs}
+    source, dim = options["input"], options.get("dim", 1)
+    norm = torch.linalg.vector_norm(source.detach(), options.get("p", 2.0), dim, keepdim=True)
+    return source / norm.clamp_min(options.get("eps", 1e-12))
+
+
+def _cosine(func, args, kwargs) -> Tensor:  # noqa: ARG001
+    """``F.cosine_similarity`` whose norms are constants."""
+    options = {**dict(zip(("x1", "x2", "dim", "eps"), args, strict=False)), **kwargs}
+    dim, eps = options.get("dim", 1), options.get("eps", 1e-8)
+    units = [
+        value / torch.linalg.vector_norm(value.detach(), dim=dim, keepdim=True).clamp_min(eps)
+        for value in (options["x1"], options["x2"])
+    ]
+    return (units[0] * units[1]).sum(dim)
+
+
 def _normalisation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
     options = {**dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
     return options["normalized_shape"], options.get("weight"), options.get("bias"), options.get("eps", 1e-5)
@@ -289,6 +308,9 @@ TABLES: dict[str, dict[str, Callable[..., Tensor]]] = {
         **dict.fromkeys(_ACTIVATIONS, _constant_factor),
         "layer_norm": _constant_denominator,
         "rms_norm": _constant_root,
+        "normalize": _unit_length,
+        "cosine_similarity": _cosine,
+        **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), _computed),
         **dict.fromkeys((name for name in _PRODUCTS if name not in _DIVISIONS), _half_product),
     },
 }

@@ -36,19 +36,6 @@ class Target:
         values = self.score(outputs)
         return values if values.dim() == 1 else values[:, self.column]
 
-    def relevance(self, outputs: Tensor) -> Tensor:
-        """One unit of relevance an image, shared among outputs (B, C) by what each adds to the scalar: gradient × output.
-
-        A class's logit takes all of it. A margin's two logits take shares of opposite sign that add up to one: a start with
-        their gradient, 1 and −1, would add up to nothing, and rules that keep the sum would hand nothing on.
-        """
-        with torch.enable_grad():
-            leaf = outputs.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.value(leaf).sum(), leaf)
-        shares = gradient * leaf.detach()
-        total = shares.sum(1, keepdim=True)
-        return torch.where(total == 0, gradient, shares / total)
-
     def probability(self, outputs: Tensor) -> Tensor:
         """The class's probability, (B,)."""
         return self.value(outputs.softmax(-1))

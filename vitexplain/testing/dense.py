@@ -314,7 +314,7 @@ class DenseReference:
             handle.remove()
         with torch.enable_grad():
             leaf = out.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(scalar(leaf).sum(), leaf)
+            (gradient,) = torch.autograd.grad(_with_constant_norms(scalar, leaf).sum(), leaf)
         start = torch.stack([g * y / (g @ y) for g, y in zip(gradient, out, strict=True)])  # one unit an image
         sent = Relevance(tape.calls, [images] if source == "images" else first, shared)
         with torch.no_grad():
@@ -358,7 +358,7 @@ class DenseReference:
         finally:
             handle.remove()
         assert torch.allclose(out, self.logits, rtol=1e-9 if self.dtype == torch.float64 else 1e-3)
-        (gradient,) = torch.autograd.grad(scalar(out).sum(), first)
+        (gradient,) = torch.autograd.grad(_with_constant_norms(scalar, out).sum(), first)
         return (first[0] * gradient).sum(-1).detach()
 
     # -- pixels ------------------------------------------------------------------------------------------------------
@@ -433,10 +433,18 @@ def _of_row(scalar: Scalar, row: int, batch: int) -> Scalar:
     return lambda outputs: scalar(outputs.expand(batch, -1))[row : row + 1]
 
 
+def _with_constant_norms(scalar: Scalar, outputs: Tensor) -> Tensor:
+    """The scalar, an embedding's norm a constant in it."""
+    with Tape(override=_with_constants):
+        return scalar(outputs)
+
+
 def _with_constants(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Conservative LRP's network: what is a constant in it is detached."""
-    if name == "softmax":
+    if name in ("softmax", "norm", "linalg_vector_norm"):
         return func(*args, **kwargs).detach()
+    if name == "normalize":
+        return args[0] / args[0].detach().norm(dim=kwargs["dim"], keepdim=True)
     if name in ("gelu", "relu", "silu", "sigmoid", "tanh"):
         value = args[0].detach()
         ratio = func(value, *args[1:], **kwargs) / (value + 1e-9)
