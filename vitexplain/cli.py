@@ -56,7 +56,8 @@ def explain(
     model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
     weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="Method; repeat for several, 'all' for all. Default: tokentm.")
+        list[str] | None,
+        typer.Option("--method", "-m", help="Method; repeat for several, 'all' for all but captum's. Default: tokentm."),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="A method's option as NAME=VALUE; repeat. See 'vitexplain list'.")
