@@ -119,14 +119,16 @@ def _siglip() -> nn.Module:
     import transformers
 
     vision = transformers.SiglipVisionConfig(**_VISION)
-    return transformers.SiglipForImageClassification(transformers.SiglipConfig(vision_config=vision.to_dict(), **_LABELS))
+    config = transformers.SiglipConfig(vision_config=vision.to_dict(), **_LABELS)
+    return transformers.AutoModelForImageClassification.from_config(config)
 
 
 def _clip_classifier() -> nn.Module:
     import transformers
 
     vision = transformers.CLIPVisionConfig(**_VISION)
-    return transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=vision.to_dict(), **_LABELS))
+    config = transformers.CLIPConfig(vision_config=vision.to_dict(), **_LABELS)
+    return transformers.AutoModelForImageClassification.from_config(config)
 
 
 def _clip_tower() -> nn.Module:

@@ -82,7 +82,9 @@ class Tape(TorchFunctionMode):
         scores = query @ key.transpose(-2, -1)
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+                attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+                    ~attn_mask, -torch.inf
+                )
             scores = scores + attn_mask / scale
         scores = scores * scale
         maps = scores.softmax(dim=-1)
