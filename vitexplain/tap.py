@@ -418,15 +418,15 @@ def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor
     Returns:
         (B, m, d), the same rows of the block's output.
     """
-    absent = [(name, getattr(block.block, name)) for name in block.absent_in_replay]
+    absent = [(module, name, getattr(module, name)) for module, name in block.absent_in_replay]
     try:
-        for name, _ in absent:
-            setattr(block.block, name, None)
+        for module, name, _ in absent:
+            setattr(module, name, None)
         with SdpaMode(lambda *_, **__: attention_out):
             out = block.block(tokens, *(None for _ in _required_inputs(type(block.block))))
     finally:
-        for name, module in absent:
-            setattr(block.block, name, module)
+        for module, name, value in absent:
+            setattr(module, name, value)
     return out[0] if isinstance(out, tuple) else out
 
 

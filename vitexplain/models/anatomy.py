@@ -42,7 +42,7 @@ class BlockAnatomy:
             counts); its first input is what queries, keys and values are made of. May be the block itself.
         branches: the residual branches where they can be read apart, else None.
         inseparable: why ``branches`` is None.
-        absent_in_replay: attributes of the block that depend on the number of tokens and act on scores alone; they are None
+        absent_in_replay: (module, attribute) of what depends on the number of tokens and acts on scores alone; they are None
             while a few rows of the block are run again with the attention's output given.
     """
 
@@ -50,7 +50,7 @@ class BlockAnatomy:
     attention: nn.Module
     branches: ResidualBranches | None = None
     inseparable: str = "its residual branches are not described"
-    absent_in_replay: tuple[str, ...] = ()
+    absent_in_replay: tuple[tuple[nn.Module, str], ...] = ()
 
 
 def _no_check(channels: int, height: int, width: int) -> None: ...

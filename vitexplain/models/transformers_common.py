@@ -74,7 +74,12 @@ def pre_norm_block(block: nn.Module) -> BlockAnatomy:
         block,
         attention=part(block, "attention", "self_attn"),
         branches=branches,
-        absent_in_replay=("relative_position_bias",) if hasattr(block, "relative_position_bias") else (),
+        absent_in_replay=tuple(
+            (module, name)
+            for module in block.modules()
+            for name in ("relative_position_bias", "has_relative_position_bias")
+            if hasattr(module, name)
+        ),
     )
 
 

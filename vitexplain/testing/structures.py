@@ -111,7 +111,7 @@ def _transformers_image(encoder: str, head: Callable[[Any, Any, Tensor], Tensor]
             run=lambda model, images: getattr(model(pixel_values=images), more.get("field", "logits")),
             blocks=lambda model: _layers(getattr(model, encoder)),
             attention=lambda block: getattr(block, "attention", None) or block.self_attn,
-            projection=lambda block: block.attention.o_proj if hasattr(block, "attention") else block.self_attn.out_proj,
+            projection=_transformers_projection,
             scale=_transformers_scale,
             middle=lambda block: next(
                 getattr(block, name) for name in ("layernorm_after", "norm2", "layer_norm2") if hasattr(block, name)
@@ -123,6 +123,13 @@ def _transformers_image(encoder: str, head: Callable[[Any, Any, Tensor], Tensor]
         )
 
     return build
+
+
+def _transformers_projection(block: Any) -> Any:
+    attention = getattr(block, "attention", None) or block.self_attn
+    if hasattr(attention, "output"):  # before version 5
+        return attention.output.dense
+    return attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
 
 
 def _layers(encoder: Any) -> Any:
