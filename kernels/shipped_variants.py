@@ -73,6 +73,7 @@ class ShippedInputs:
                 launch_rows(
                     query, self.key, value, gradient, logsumexp, running, weights, token_weights, None, self.scale, 1.0, 0.0, phi
                 )
+        launch_rows(None, None, self.value, grad_out, None, row, None, None, None, 1.0, 1.0, 0.0, "relu_g")  # legrad
         launch_by_head(query, self.key, self.value, grad_out, logsumexp, row[:, 0], None, self.scale, "p", True)  # gmar, l1
         launch_by_head(None, None, self.value, grad_out, None, row[:, 0], None, 1.0, "abs_g", False)  # head_norms, l1
         for few in (m, 1):  # gmar, l2: tokens split over programs, and not
@@ -104,16 +105,12 @@ class ShippedInputs:
                 launch_backward(query, key, value, out, grad_out, logsumexp, rows, None, self.scale, phi, norms)
 
     def relevance_launches(self) -> None:
-        """Layer-wise relevance, with the row of the gradient, that of the map alone, and without one; and the rows alone."""
-        for few in (self.num_tokens, 1):  # key blocks split over programs, and not
-            query, key, value, ratio, grad_out = (
-                tensor[:, :, :few] for tensor in (self.query, self.key, self.value, self.out, self.grad_out)
-            )
-            rows, logsumexp = self._floats(few), self.logsumexp[:, :, :few]
-            for running, gradient in ((rows, grad_out), (rows, None), (None, None)):
-                launch_relevance(query, key, value, ratio, logsumexp, running, gradient, None, self.scale)
-                if running is not None:
-                    launch_relevance_rows(query, key, value, ratio, logsumexp, running, gradient, None, self.scale)
+        """Layer-wise relevance beside the row of the gradient, that of the map alone and none; and the rows alone."""
+        layer, rows = (self.query, self.key, self.value, self.out, self.logsumexp), self._floats(self.num_tokens)
+        for gradient in (self.grad_out, None):
+            launch_relevance(*layer, rows, gradient, None, self.scale)
+            launch_relevance_rows(*layer, rows, gradient, None, self.scale)
+        launch_relevance(*layer, None, None, None, self.scale)
 
     def transformation_launches(self) -> None:
         """Norm ratio × NECC of attention and MLP."""

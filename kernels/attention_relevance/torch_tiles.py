@@ -30,7 +30,7 @@ def relevance_backward_tiles(
     relevance_query, relevance_key, relevance_value = (
         torch.zeros(tensor.shape, dtype=dtype, device=tiles.device) for tensor in (query, key, value)
     )
-    moved = _no_rows(tiles) if rows is not None else relevance_query.new_empty(0)
+    moved = _zero_rows(tiles) if rows is not None else relevance_query.new_empty(0)
     for b, h, i, probabilities, relevance in tiles:
         relevance_value[b, h] += probabilities.transpose(1, 2) @ ratio[b, h, i].to(dtype)
         relevance.mul_(probabilities).mul_(0.5)
@@ -61,14 +61,14 @@ def relevance_rows_tiles(
 ) -> Tensor:
     """See ``relevance_rows``."""
     tiles = AttentionTiles(query, key, value, ratio, logsumexp, mask, scale)
-    moved = _no_rows(tiles)
+    moved = _zero_rows(tiles)
     for b, h, i, probabilities, relevance in tiles:
         relevance.mul_(probabilities).mul_(0.5)
         moved[b, h] += _moved(rows, grad_out, value, relevance, probabilities.view(-1), b, h, i)
     return moved
 
 
-def _no_rows(tiles: AttentionTiles) -> Tensor:
+def _zero_rows(tiles: AttentionTiles) -> Tensor:
     return torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=tiles.dtype, device=tiles.device)
 
 

@@ -2,8 +2,8 @@
 
 A program owns a share of one head's key blocks. It keeps a block's keys and values in place, walks over query blocks, and
 multiplies each tile of E at once by queries and by keys. E k is summed over key blocks in a slab of float32 partial sums of the
-program's own. A program that has all key blocks writes R_q itself; shares are added in a fixed order afterwards. Memory is
-linear in the number of tokens, and results repeat to the bit. Where the row alone is asked for, every key block is a program.
+program's own; shares are added in a fixed order afterwards. Memory is linear in the number of tokens, and results repeat to the
+bit. Where the row alone is asked for, every key block is a program.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def quotient(b_numerator, b_denominator):
 @triton.jit(do_not_specialize=[*LENGTHS, "num_queries", "num_keys", "num_blocks"])
 def attention_relevance_kernel(
     query, key, value, ratio, grad_out, logsumexp, mask, rows,
-    partial_query, relevance_query, relevance_key, relevance_value, moved,
+    partial_query, relevance_key, relevance_value, moved,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token,
     stride_value_batch, stride_value_head, stride_value_token,
@@ -58,10 +58,9 @@ def attention_relevance_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (splits, H, B); ``partial_query`` (splits, B, H, m, dh), ``moved`` (B, H, n) or None without rows.
+    """grid (splits, H, B); ``partial_query`` (splits, B, H, m, dh), ``moved`` (B, H, n).
 
-    ``relevance_query`` is None where there are several splits, whose partial sums are yet to be added; ``partial_query`` and all
-    relevances are None where only the row is asked for.
+    ``moved`` is None without rows; ``partial_query`` and the relevances are None where the row alone is asked for.
     """
     i_split, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_bh = i_b * num_heads + i_h
@@ -78,7 +77,6 @@ def attention_relevance_kernel(
         if partial_query is not None:
             tl.debug_barrier()  # the partial sums that the program's other threads have just written are read again
             num_summed = tl.minimum(i_n - i_split, 1) * num_queries  # none at the first block: so nobody has to clear the slab
-            num_unfinished = tl.minimum((num_blocks - 1 - i_n) // tl.num_programs(0), 1) * num_queries  # none at the last
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < num_keys
         b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
@@ -110,24 +108,25 @@ def attention_relevance_kernel(
                 if grad_out is not None:
                     p_grad_out = grad_out + i_b * stride_grad_batch + i_h * stride_grad_head
                     b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-                    b_weights *= tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+                    if PRECISION == "ieee":  # the other way round than T vᵀ: values that the two shared would stay in registers
+                        b_grad = tl.trans(tl.dot(b_grad_out, tl.trans(b_value), input_precision=PRECISION))
+                    else:
+                        b_grad = tl.dot(b_value, tl.trans(b_grad_out), input_precision=PRECISION)
+                    b_weights *= b_grad  # (BLOCK_N, BLOCK_M)
                 b_moved += tl.sum(tl.maximum(b_weights, 0.0) * b_rows[None, :], axis=1)
             if partial_query is not None:
                 b_sum_value += tl.dot(b_map.to(b_ratio.dtype), b_ratio, input_precision=PRECISION)
                 b_share = quotient(b_relevance, b_product)  # (BLOCK_N, BLOCK_M), E: float32, as half types end too early for it
                 b_sum_key += tl.dot(b_share, b_query.to(tl.float32), input_precision=PRECISION)
                 b_sum_query = tl.dot(tl.trans(b_share), b_key.to(tl.float32), input_precision=PRECISION)  # (BLOCK_M, BLOCK_D)
+                b_sum_query *= 0.5  # here, lest the product be added to the loaded sum, which then takes registers all along
                 o_sum = o_m.to(tl.int64)[:, None] * HEAD_DIM + o_d[None, :]
                 b_sum_query += tl.load(p_slab + o_sum, mask=(o_m < num_summed)[:, None] & m_d[None, :], other=0.0)
-                m_sum = m_m[:, None] & m_d[None, :]
-                if relevance_query is None:
-                    tl.store(p_slab + o_sum, b_sum_query, mask=m_sum)
-                else:
-                    tl.store(p_slab + o_sum, b_sum_query, mask=(o_m < num_unfinished)[:, None] & m_d[None, :])
-                    p_finished = relevance_query + i_bh * num_queries * HEAD_DIM + o_sum
-                    b_finished = (0.5 * b_query.to(tl.float32) * b_sum_query).to(relevance_query.dtype.element_ty)
-                    tl.store(p_finished, b_finished, mask=m_sum & (o_m >= num_unfinished)[:, None])
+                tl.store(p_slab + o_sum, b_sum_query, mask=m_m[:, None] & m_d[None, :])
         if partial_query is not None:
+            # kept over the loop until here, keys and values would take registers that its products need
+            b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
+            b_value = load_head(p_value, stride_value_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
             p_out = (i_bh * num_keys + o_n.to(tl.int64))[:, None] * HEAD_DIM + o_d[None, :]
             m_out = m_n[:, None] & m_d[None, :]
             b_sum_key *= 0.5 * b_key.to(tl.float32)
@@ -196,14 +195,13 @@ def _launch(
     if backward:
         partial_query = torch.empty(programs, batch, heads, num_queries, head_dim, dtype=torch.float32, device=device)
         relevance_key, relevance_value = (torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in (key, value))
-        relevance_query = torch.empty(query.shape, dtype=query.dtype, device=device) if programs == 1 else None
     if rows is not None:
         moved = torch.empty(batch, heads, num_keys, dtype=torch.float32, device=device)
         rows = with_unit_last_stride(rows.float())
     logsumexp = with_unit_last_stride(logsumexp.float())
     arguments = (
         query, key, value, ratio, grad_out, logsumexp, mask_pointer(mask), rows,
-        partial_query, relevance_query, relevance_key, relevance_value, moved,
+        partial_query, relevance_key, relevance_value, moved,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *ratio.stride()[:3], *strides(grad_out, 3),
         *logsumexp.stride()[:2], *strides(mask, 4), *strides(rows, 1),
         heads, num_queries, num_keys, key_blocks, float(scale * LOG2_E), float(1 / (scale * LOG2_E)),
@@ -213,6 +211,7 @@ def _launch(
         "MASK": mask_kind(mask), "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
     launch(attention_relevance_kernel, (programs, heads, batch), arguments, constants, config)
-    if backward and relevance_query is None:
-        relevance_query = partial_query.sum(0).mul_(query).mul_(0.5).to(query.dtype)
+    if backward:
+        sums = partial_query[0] if programs == 1 else partial_query.sum(0)
+        relevance_query = sums.mul_(query).to(query.dtype)
     return relevance_query, relevance_key, relevance_value, moved
