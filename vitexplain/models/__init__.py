@@ -38,6 +38,7 @@ _REASONS = {
     "Xcit": "it attends across channels, not across tokens",
     "CrossVit": "two chains of tokens at two scales exchange class tokens",
     "NaFlexVit": "it takes packed patches of varying sizes, not images",
+    "CLIPModel": "it takes images and texts together: pass its CLIPVisionModelWithProjection, with score=similarity(prompts)",
     "ResNet": _CONVOLUTIONAL,
     "ConvNeXt": _CONVOLUTIONAL,
 }

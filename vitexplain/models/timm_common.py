@@ -28,7 +28,7 @@ def read_model(model: nn.Module, family: str, blocks: tuple[BlockAnatomy, ...], 
         raise UnsupportedModelError(f"{name} cannot be explained: {_REFUSED_POOLING[model.global_pool]}")
     temporary = [(block.attention, "fused_attn", True) for block in blocks]
     temporary.append((model, "grad_checkpointing", False))
-    has_classes = model.num_classes > 0 and isinstance(model.head, nn.Linear)
+    has_classes = model.num_classes > 0 and not isinstance(model.head, nn.Identity)
     return Anatomy(
         family=family,
         model=model,
