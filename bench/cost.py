@@ -64,16 +64,6 @@ def gate(model: nn.Module, images: Tensor, methods: list[str]) -> dict[str, floa
     return errors
 
 
-def methods_with_rules(methods: list[str]) -> list[str]:
-    """Those that send relevance back."""
-    return [method for method in methods if REGISTRY[method].rules is not None]
-
-
-def methods_without_rules(methods: list[str]) -> list[str]:
-    """The others."""
-    return [method for method in methods if REGISTRY[method].rules is None]
-
-
 def interleaved(cases: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Milliseconds of each case, taken in turns so that a drift of the machine hits all alike; two warm-up rounds."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
@@ -111,8 +101,10 @@ def main() -> None:
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     common = {"model": options.model, "batch": options.batch, "tokens": tokens, "dtype": options.dtype, **environment(device)}
     rows = []
-    # Relevance passes take much memory and hand it back to the system: whoever is timed next would pay for that.
-    for number, group in enumerate((methods_without_rules(methods), methods_with_rules(methods))):
+    # A relevance pass takes much memory and hands it back to the system: whoever is timed next would pay for that.
+    alone = [method for method in methods if REGISTRY[method].rules is not None]
+    together = [method for method in methods if method not in alone]
+    for number, group in enumerate([together, *([method] for method in alone)]):
         explainers = {method: vitexplain.Explainer(model, method) for method in group}
         cases = {
             **baselines,

@@ -30,9 +30,8 @@ Share = Callable[[Tensor], Sequence[Tensor | None]]
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """a ⊘ b: a / b with a tiny signed guard, 0 where b is 0."""
-    guarded = denominator + GUARD
-    guarded = torch.where(guarded == 0, GUARD, guarded)
-    return torch.where(denominator == 0, 0, numerator / guarded)
+    guarded = (denominator + GUARD).masked_fill_(denominator == 0, torch.inf)
+    return numerator / guarded.masked_fill_(guarded == 0, GUARD)
 
 
 class Propagate(torch.autograd.Function):

@@ -23,7 +23,7 @@ class TransformerAttribution(Method):
     name: ClassVar[str] = "transformer_attribution"
     title: ClassVar[str] = "Transformer Attribution"
     paper: ClassVar[str] = "Transformer Interpretability Beyond Attention Visualization (CVPR 2021), Eq. 3 to 14"
-    cost: ClassVar[str] = "two forwards + backward + a relevance pass of about two backwards, in float32"
+    cost: ClassVar[str] = "two forwards + backward + a relevance pass of about three backwards, in float32"
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
     rules: ClassVar[str | None] = "normalised"
