@@ -112,7 +112,8 @@ def test_broadcast_parts_are_summed() -> None:
     ("function", "named"),
     [(torch.exp, "exp"), (lambda v: v.softmax(-1), "softmax"), (lambda v: v @ v.mT, "matmul"), (lambda v: v - 1, "sub"),
      (lambda v: v / v, "quotient"), (lambda v: F.linear(torch.ones(1, 4), v), "computed weight"),
-     (lambda v: F.conv2d(v[None, None] * 1, torch.ones(1, 1, 1, 1)), "a second one")],
+     (lambda v: F.conv2d(F.conv2d(v[None, None], torch.ones(1, 1, 1, 1)), torch.ones(1, 1, 1, 1)), "a second one"),
+     (lambda v: (v * 1).exp_(), r"in place by exp_\(\)"), (lambda v: (v * 1).__setitem__(0, v[1]), "in place by __setitem__")],
 )  # fmt: skip
 def test_functions_without_a_rule_are_refused_by_name(function, named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):

@@ -115,6 +115,10 @@ class Explainer:
             raise UnsupportedModelError(
                 f"{name} has no classifier: expected a model with logits, or score= to say what of its embedding is explained"
             )
+        if any(parameter.is_inference() for parameter in self.anatomy.model.parameters()):
+            raise UnsupportedModelError(
+                f"{name} was built in inference mode, which leaves no gradient: expected one built outside it"
+            )
         for method in self.methods:
             method.check(self.anatomy)
             if self.rows == "all" and not method.is_chain:
@@ -145,7 +149,7 @@ class Explainer:
                 f"inputs: expected a mapping with input_ids (B, n), as a tokenizer returns it, received {type(inputs).__name__}"
             )
         inputs, ids = dict(inputs), inputs["input_ids"]
-        if ids.dim() != 2 or 0 in ids.shape or ids.is_floating_point():
+        if ids.dim() != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
             raise InputError(f"input_ids: expected integers (B, n) with B ≥ 1, received {ids.dtype} {tuple(ids.shape)}")
         device = next(self.anatomy.model.parameters()).device
         for name, tensor in inputs.items():
@@ -156,6 +160,7 @@ class Explainer:
                 )
             if tensor.device != device:
                 raise InputError(f"{name}: expected device {device} (the model's), received {tensor.device}")
+        self.anatomy.check_tokens(ids)
         mask = self.anatomy.token_mask(inputs) if self.anatomy.token_mask is not None else None
         if mask is not None and not bool(mask[:, 0].all()):
             raise InputError(

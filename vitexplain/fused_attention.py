@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UnsupportedModelError
+
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,15 +47,20 @@ def attention_forward(
     """
     bias = None if mask is None else _bias(mask, query.dtype)
     if query.device.type == "cpu":
+        width = value.shape[-1]
+        query, key, value = _of_one_width(query, key, value)
         out, logsumexp = _ATEN._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=bias, scale=scale
         )
-        return out, AttentionState("cpu", logsumexp, logsumexp, bias=bias)
+        return out[..., :width], AttentionState("cpu", logsumexp, logsumexp, bias=bias)
+    if query.dtype == torch.float64:
+        raise UnsupportedModelError("attention in float64 on a GPU: torch has no fused kernel for it; explain the model on a CPU")
     width, num_queries = value.shape[-1], query.shape[2]
     if bias is not None:
         bias = _aligned_bias(bias, (*query.shape[:3], key.shape[2]))
     query, key, value = (_aligned(tensor) for tensor in (query, key, value))
-    if bias is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= 256:
+    flash = query.dtype in _HALF and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if flash and bias is None and query.shape[-1] == value.shape[-1] <= 256:
         out, logsumexp, *extras, _ = _ATEN._scaled_dot_product_flash_attention(query, key, value, 0.0, False, False, scale=scale)
         return out[..., :width], AttentionState("flash", logsumexp, logsumexp, tuple(extras))
     out, logsumexp, *extras = _ATEN._scaled_dot_product_efficient_attention(
@@ -66,11 +73,13 @@ def attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, state: AttentionState, scale: float
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value by the library's fused backward."""
+    widths = query.shape[-1], key.shape[-1], value.shape[-1]
     if state.operator == "cpu":
-        return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, key, value, out = _of_one_width(grad_out, query, key, value, out)
+        gradients = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, state.saved_logsumexp, 0.0, False, attn_mask=state.bias, scale=scale
         )
-    widths = query.shape[-1], key.shape[-1], value.shape[-1]
+        return tuple(gradient[..., :width] for gradient, width in zip(gradients, widths, strict=True))
     grad_out, query, key, value, out = (_aligned(tensor) for tensor in (grad_out, query, key, value, out))
     if state.operator == "flash":
         cumulative_query, cumulative_key, longest_query, longest_key, seed, offset = state.extras
@@ -107,10 +116,22 @@ def leading_rows_backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+def _of_one_width(*tensors: Tensor) -> list[Tensor]:
+    """Head widths padded with zeros to the widest, and rows without gaps: what the CPU operator takes for granted."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [
+        F.pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else _without_gaps(tensor) for tensor in tensors
+    ]
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """Head width padded with zeros to the multiple of 8 that the CUDA operators want."""
     missing = -tensor.shape[-1] % 8
-    return F.pad(tensor, (0, missing)) if missing else tensor
+    return F.pad(tensor, (0, missing)) if missing else _without_gaps(tensor)
+
+
+def _without_gaps(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,4 +146,5 @@ def _aligned_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
     missing = -bias.shape[-1] % 16
     if missing:
         bias = F.pad(bias, (0, missing))[..., :-missing]
+    bias = _without_gaps(bias)
     return bias.expand(shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -457,7 +457,7 @@ def start_rows(tap: Tap, num_tokens: int, batch: int, dtype: torch.dtype, device
     return weights.expand(batch, 1, -1), anatomy.num_read_tokens or num_tokens
 
 
-@lru_cache(maxsize=32)
+@cache  # kept for good: a captured graph reads it where it lies
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied from the host once: a copy would stop the device, and cannot be captured in a CUDA graph."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UnsupportedModelError
 from .fused_attention import attention_forward
 from .kernels import relevance_backward
 from .models import Anatomy, BlockAnatomy
@@ -113,6 +114,7 @@ class RelevanceTap(Tap):
         super().__init__(
             anatomy, Request(first_block=first_block, gradient=True, input_gradient=to_inputs and self.conservative), backend
         )
+        self.mode = RuleMode(rules, self._attention)
         self.to_pixels = to_inputs and not self.conservative
         self.relevance_listener: RelevanceListener | None = None
 
@@ -124,17 +126,31 @@ class RelevanceTap(Tap):
 
     def forward(self, inputs: Any) -> Tensor:
         """Run the model; the gradient of the result is relevance. Half-precision inputs are widened."""
+        given = inputs
         if isinstance(inputs, Tensor):
             inputs = inputs.detach().float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.detach()
         if self.to_pixels:
             inputs = inputs.clone().requires_grad_()
         output = super().forward(inputs)
+        if self.mode.changed_in_place:
+            self._expect_the_same(output, given)
         if self.to_pixels:
             self.leaves = [inputs]
         return output
 
+    def _expect_the_same(self, output: Tensor, inputs: Any) -> None:
+        """Rules compute a new tensor for ``x += y``; a model that says ``x.add_(y)`` and goes on with x would lose y."""
+        with torch.no_grad():
+            plain = self.anatomy.run(inputs)
+        if float((output.detach() - plain).abs().max()) > 0.02 * float(plain.abs().max()):
+            raise UnsupportedModelError(
+                "layer-wise relevance propagation: expected a model that computes new tensors, received one that changes a tensor "
+                "in place and goes on with it"
+            )
+
     def _mode(self) -> SdpaMode:
-        return RuleMode(self.rules, self._attention)
+        self.mode = RuleMode(self.rules, self._attention)
+        return self.mode
 
     def _pool(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:
         super()._pool(query, key, value, scale)

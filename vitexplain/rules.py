@@ -65,9 +65,14 @@ class Refuse(torch.autograd.Function):
 def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The function's result, its inputs left as they are: sharing relevance needs them."""
     name = func.__name__
-    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
+    in_place = changes_in_place(name) or bool(kwargs.get("inplace"))
     with torch.no_grad():
         return func(args[0].detach().clone(), *args[1:], **kwargs) if in_place else func(*args, **kwargs)
+
+
+def changes_in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument: ``x += y`` and ``x.add_(y)`` are the same to torch."""
+    return name in ("__setitem__",) or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _carries(value: Any) -> bool:
@@ -77,12 +82,21 @@ def _carries(value: Any) -> bool:
 
 def _identity(func, args, kwargs) -> Tensor:
     """Relevance passes unchanged: normalisations, activations, and products with what carries none."""
-    (source,) = (value for value in args if _carries(value))
+    source = next(value for value in tree_leaves((args, kwargs)) if _carries(value))
     return Propagate.apply(_computed(func, args, kwargs), lambda relevance: (relevance.sum_to_size(source.shape),), source)
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Both operands of a sum or product by position."""
+    if kwargs.get("alpha", 1) != 1 or kwargs.get("out") is not None or kwargs.get("rounding_mode") is not None:
+        raise UnsupportedModelError(f"layer-wise relevance propagation has no rule for a sum or quotient with {sorted(kwargs)}")
+    named = [kwargs[name] for name in ("input", "other") if name in kwargs]
+    return (*args, *named), {}
 
 
 def _product(func, args, kwargs) -> Tensor:
     """A product of two tensors that both carry relevance, as a gate's, gives each of them half; else an identity."""
+    args, kwargs = _operands(args, kwargs)
     carrying = [value for value in args[:2] if _carries(value)]
     if len(carrying) == 1:
         return _identity(func, args, kwargs)
@@ -125,6 +139,7 @@ def _add(normalised: bool) -> Callable[..., Tensor]:
     """
 
     def rule(func, args, kwargs) -> Tensor:
+        args, kwargs = _operands(args, kwargs)
         carrying = [value for value in args[:2] if _carries(value)]
         others = [value for value in args[:2] if isinstance(value, Tensor) and not value.requires_grad]
         if len(carrying) == 1 and (not others or others[0].dim() <= 1):
@@ -162,10 +177,6 @@ def _per_image_sum(values: Tensor) -> Tensor:
 def _first_convolution(func, args, kwargs) -> Tensor:
     """The z^B rule between images and patch tokens, bounds per image, bias ignored."""
     images, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-    if not images.is_leaf:
-        raise UnsupportedModelError(
-            "layer-wise relevance propagation to pixels: expected one convolution, from pixels to patches; received a second one"
-        )
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
     switches = {name: options[name] for name in names[3:] if name in options}
@@ -175,7 +186,7 @@ def _first_convolution(func, args, kwargs) -> Tensor:
 
     def back(values: Tensor, kernel: Tensor) -> Tensor:
         with torch.enable_grad():
-            source = torch.zeros_like(images).requires_grad_()  # a convolution's derivative is the same everywhere
+            source = torch.zeros_like(images.detach()).requires_grad_()  # a convolution's derivative is the same everywhere
             return torch.autograd.grad(convolve(source, kernel), source, values)[0]
 
     def share(relevance: Tensor) -> Sequence[Tensor]:
@@ -192,7 +203,7 @@ def _first_convolution(func, args, kwargs) -> Tensor:
 
 def _constant_factor(func, args, kwargs) -> Tensor:
     """An activation as a product with a constant: x · (f(x) / x)."""
-    (source,) = (value for value in args if _carries(value))
+    source = next(value for value in tree_leaves((args, kwargs)) if _carries(value))
     out = _computed(func, args, kwargs)
     value = source.detach()
     return Propagate.apply(out, lambda gradient: (gradient * divide(out, value),), source)
@@ -267,7 +278,7 @@ def _half_product(func, args, kwargs) -> Tensor:
 
 
 _ADDITIONS = ("add", "__add__", "__radd__", "__iadd__", "add_")
-_DIVISIONS = ("div", "__truediv__", "__rtruediv__", "true_divide", "__div__", "__itruediv__", "div_")
+_DIVISIONS = ("div", "__truediv__", "__rtruediv__", "true_divide", "__itruediv__", "div_")
 _PRODUCTS = ("mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply", *_DIVISIONS)
 _ACTIVATIONS = (
     "gelu",
@@ -289,7 +300,7 @@ _MOVES = (
     "reshape", "view", "permute", "transpose", "mT", "flatten", "unflatten", "unbind", "chunk", "split", "__getitem__", "cat",
     "stack", "expand", "expand_as", "contiguous", "to", "type_as", "float", "double", "squeeze", "unsqueeze", "clone", "narrow",
     "select", "pad", "movedim", "mean", "tensor_split", "repeat_interleave", "requires_grad_", "register_hook", "roll",
-    "concat", "dropout", "alias", "view_as", "reshape_as", "swapaxes", "swapdims", "index_select", "__get__",
+    "concat", "dropout", "alias", "view_as", "reshape_as", "swapaxes", "swapdims", "index_select", "__get__", "detach",
 )  # fmt: skip
 
 
@@ -328,6 +339,8 @@ class RuleMode(SdpaMode):
         super().__init__(handler)
         self.rules = rules
         self.table = TABLES[rules]
+        self.convolved = False
+        self.changed_in_place = False
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -338,7 +351,18 @@ class RuleMode(SdpaMode):
             return self._unruled(name, func, args, kwargs)
         if not any(map(_carries, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
+        self.changed_in_place |= changes_in_place(name)
+        if name == "conv2d":
+            self._expect_first_convolution()
         return rule(func, args, kwargs)
+
+    def _expect_first_convolution(self) -> None:
+        if self.convolved:
+            raise UnsupportedModelError(
+                "layer-wise relevance propagation to pixels: expected one convolution, from pixels to patches; received a second "
+                "one"
+            )
+        self.convolved = True
 
     def _unruled(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.rules == "conservative" or name in _MOVES:
@@ -346,6 +370,11 @@ class RuleMode(SdpaMode):
         carrying = [value for value in tree_leaves((args, kwargs)) if _carries(value)]
         if not carrying:
             return func(*args, **kwargs)
+        if changes_in_place(name):
+            raise UnsupportedModelError(
+                f"layer-wise relevance propagation: expected a model that computes new tensors, received one that changes one "
+                f"in place by {name}()"
+            )
         out = _computed(func, args, kwargs)
         return tree_map(lambda value: Refuse.apply(name, value, *carrying) if _is_floating(value) else value, out)
 

@@ -198,6 +198,7 @@ class Tap:
         self.pooling_attention: Tensor | None = None
         self.valid_tokens: Tensor | None = None
         self._stack = ExitStack()
+        self._tensor_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._current: BlockTrace | None = None
         self._in_pool = False
         self._narrowing = False
@@ -208,6 +209,11 @@ class Tap:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+        for handle in self._tensor_hooks:
+            handle.remove()
+        # graph and tap know each other: let go of it here, not when a collector comes round
+        self.leaves, self.blocks, self._tensor_hooks = [], [], []
+        self.anchor = self.listener = self._current = None
 
     def forward(self, inputs: Any) -> Tensor:
         """Run the model on images (B, c, h, w) or a mapping of text inputs; returns its output (B, num_classes).
@@ -229,6 +235,11 @@ class Tap:
             output = self.anatomy.run(inputs)
         for block in self.blocks:
             self._expect_attention(block)
+        if self.anatomy.attention_pool is not None and self.pooling_attention is None:
+            name = type(self.anatomy.attention_pool).__name__
+            raise UnsupportedModelError(
+                f"attention pool: expected {name} to call F.scaled_dot_product_attention once, received no call"
+            )
         return output
 
     def _mode(self) -> SdpaMode:
@@ -327,6 +338,9 @@ class Tap:
     def _set_current(self, block: BlockTrace | None) -> None:
         self._current = block
 
+    def _hook_tensor(self, tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+        self._tensor_hooks.append(tensor.register_hook(hook))
+
     def _enter_attention(self, block: BlockTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._set_current(block)
         if not (self.request.attention_input_gradient and block.is_last):
@@ -339,8 +353,9 @@ class Tap:
             tokens = tokens.detach().requires_grad_()
             self.leaves.append(tokens)
         values = tokens.detach()
-        tokens.register_hook(
-            lambda gradient: self.listener.attention_input_gradient(block, values, gradient) if self.listener else None
+        self._hook_tensor(
+            tokens,
+            lambda gradient: self.listener.attention_input_gradient(block, values, gradient) if self.listener else None,
         )
         return with_every_input(given, tokens, args, kwargs)
 
@@ -357,7 +372,9 @@ class Tap:
             tokens = tokens.detach().requires_grad_()
             self.leaves.append(tokens)
         values = tokens.detach()
-        tokens.register_hook(lambda gradient: self.listener.input_gradient(block, values, gradient) if self.listener else None)
+        self._hook_tensor(
+            tokens, lambda gradient: self.listener.input_gradient(block, values, gradient) if self.listener else None
+        )
         return with_first_input(tokens, args, kwargs)
 
     def _narrows(self, block: BlockTrace) -> bool:
@@ -399,6 +416,11 @@ class Tap:
 
     def _observe(self, block: BlockTrace) -> None:
         self._expect_attention(block)
+        if self.request.branches and (block.mid_tokens is None or block.mlp_out is None):
+            raise UnsupportedModelError(
+                f"block {block.index} ({type(block.anatomy.block).__name__}): expected it to call the modules before and after "
+                "its MLP branch, received no call"
+            )
         with torch.no_grad():
             for observer in self.request.observers:
                 block.observed[observer] = observer.observe(block)
@@ -557,7 +579,7 @@ def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
 
 @contextmanager
 def frozen(anatomy: Anatomy) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, the anatomy's temporary attributes; all as before afterwards."""
+    """Evaluation mode, no parameter gradients, nothing compiled, the anatomy's temporary attributes; all as before afterwards."""
     model = anatomy.model
     training = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -569,7 +591,8 @@ def frozen(anatomy: Anatomy) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module, name, value in anatomy.temporary:
             setattr(module, name, value)
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, was in training:
             module.training = was

@@ -141,7 +141,7 @@ def _as_tensor(target: Any) -> Tensor:
         raise InputError(f"target: expected {_FORMS}; received {type(target).__name__}") from error
     if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
         raise InputError(f"target: expected integers, received {values.dtype}")
-    return values
+    return (values.clone() if values.is_inference() else values).to(torch.int64)
 
 
 def _category(item: Any) -> Any:

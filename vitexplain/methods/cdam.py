@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
+from ..models import Anatomy
 from ..relevance import Trace
 from ..tap import BlockTrace
 from ..targets import Target
@@ -25,6 +27,15 @@ class CDAM(Method):
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
     uses_attention_input_gradient: ClassVar[bool] = True
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        last = anatomy.blocks[-1]
+        if last.attention is last.block:
+            raise UnsupportedModelError(
+                f"method {self.name!r} cannot explain {type(last.block).__name__}: its attention is not a module of its own, so "
+                "that what enters it is not known"
+            )
 
     def first_block(self, num_blocks: int) -> int:
         return num_blocks - 1

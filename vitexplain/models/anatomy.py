@@ -53,6 +53,9 @@ class BlockAnatomy:
     absent_in_replay: tuple[tuple[nn.Module, str], ...] = ()
 
 
+def _no_token_check(ids: Tensor) -> None: ...
+
+
 def _no_check(channels: int, height: int, width: int) -> None: ...
 
 
@@ -76,6 +79,7 @@ class Anatomy:
         forward: runs the model on the inputs that ``attribute`` was given and returns (B, num_classes); where None the model
             is called with them.
         check_image_size: raises ``InputError`` where the model cannot take images of (channels, height, width).
+        check_tokens: for text, raises ``InputError`` where the model cannot take these ids (B, n).
         token_mask: for text, from the inputs to (B, n) bool, False for padding, or to None where there is none.
         family: name of the model family.
         temporary: (object, attribute, value) to set while an explanation runs.
@@ -94,6 +98,7 @@ class Anatomy:
     has_classes: bool = True
     forward: Callable[[Any], Tensor] | None = None
     check_image_size: Callable[[int, int, int], None] = _no_check
+    check_tokens: Callable[[Tensor], None] = _no_token_check
     token_mask: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None
     family: str = "described by the user"
     temporary: tuple[tuple[Any, str, object], ...] = ()

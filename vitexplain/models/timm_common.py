@@ -28,6 +28,8 @@ def read_model(model: nn.Module, family: str, blocks: tuple[BlockAnatomy, ...], 
         raise UnsupportedModelError(f"{name} cannot be explained: {_REFUSED_POOLING[model.global_pool]}")
     temporary = [(block.attention, "fused_attn", True) for block in blocks]
     temporary.append((model, "grad_checkpointing", False))
+    if getattr(model, "attn_pool", None) is not None:
+        temporary.append((model.attn_pool, "fused_attn", True))
     has_classes = model.num_classes > 0 and not isinstance(model.head, nn.Identity)
     return Anatomy(
         family=family,

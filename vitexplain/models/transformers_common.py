@@ -44,8 +44,13 @@ def optional_part(module: nn.Module, *paths: str) -> Any:
 
 def use_sdpa(model: nn.Module, base: nn.Module) -> tuple[tuple[Any, str, object], ...]:
     """What makes a model built with another attention implementation call ``F.scaled_dot_product_attention``."""
-    configs = {id(config): config for config in (model.config, base.config)}
-    configs |= {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {}
+    waiting = [model.config, base.config, *(module.config for module in base.modules() if hasattr(module, "config"))]
+    while waiting:  # parents before their parts: setting a parent's sets its parts', which are then set back to their own
+        config = waiting.pop(0)
+        if id(config) not in configs and hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+            waiting += [value for value in vars(config).values() if hasattr(value, "_attn_implementation")]
     return tuple((config, "_attn_implementation", "sdpa") for config in configs.values())
 
 

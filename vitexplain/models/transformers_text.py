@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 from .anatomy import Anatomy, BlockAnatomy, ResidualBranches
 from .transformers_common import class_name, is_transformers_model, logits_of, part, use_sdpa
 
@@ -41,9 +41,29 @@ def read(model: Any) -> Anatomy:
         grid=None,
         num_prefix_tokens=0,
         forward=lambda inputs: run(**inputs),
+        check_tokens=_token_check(base),
         token_mask=_token_mask,
-        temporary=use_sdpa(model, base),
+        temporary=(
+            *use_sdpa(model, base),
+            *(
+                (block, "chunk_size_feed_forward", 0) for block in base.encoder.layer
+            ),  # a chunk of tokens is not a row of the block
+        ),
     )
+
+
+def _token_check(base: Any) -> Callable[[Tensor], None]:
+    words, positions = base.embeddings.word_embeddings.num_embeddings, base.embeddings.position_embeddings
+    # RoBERTa counts positions from behind its padding index
+    longest = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+
+    def check(ids: Tensor) -> None:
+        if ids.shape[1] > longest:
+            raise InputError(f"input_ids: expected at most {longest} tokens a text for this model, received {ids.shape[1]}")
+        if int(ids.min()) < 0 or int(ids.max()) >= words:
+            raise InputError(f"input_ids: expected 0 to {words - 1}, received {int(ids.min())} to {int(ids.max())}")
+
+    return check
 
 
 def _token_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
