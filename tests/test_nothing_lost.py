@@ -133,7 +133,7 @@ def test_changes_in_place_are_refused_or_right() -> None:
     model = build_model(block_fn=InPlaceBlock)
     images = images_for(model, 2)
     for name in ("partial_lrp", "lrp"):
-        with pytest.raises(UnsupportedModelError, match="changes a tensor in place and goes on with it"):
+        with pytest.raises(UnsupportedModelError, match="changes one in place and goes on with it"):
             vitexplain.explain(model, images, method=name)
     with pytest.raises(UnsupportedModelError, match="expected it to call the modules before and after its MLP branch"):
         vitexplain.explain(model, images, method="tokentm")

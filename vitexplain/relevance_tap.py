@@ -144,7 +144,7 @@ class RelevanceTap(Tap):
             plain = self.anatomy.run(inputs)
         if float((output.detach() - plain).abs().max()) > 0.02 * float(plain.abs().max()):
             raise UnsupportedModelError(
-                "layer-wise relevance propagation: expected a model that computes new tensors, received one that changes a tensor "
+                "layer-wise relevance propagation: expected a model that computes new tensors, received one that changes one "
                 "in place and goes on with it"
             )
 
