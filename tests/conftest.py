@@ -22,7 +22,7 @@ sys.modules.setdefault("kernels", None)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 ALL_METHODS = [info.name for info in vitexplain.methods()]
-# One value a token, and quotients of activations that float32 carries; LRP's own are near 0 / 0 and are tested in float64.
+# One value a token, and quotients of activations that float32 carries as well; LRP's own are near 0 / 0.
 METHODS = [info.name for info in vitexplain.methods() if info.resolution == "tokens" and info.name != "partial_lrp"]
 # With a rule of relevance float32 is further from float64, for plain torch as for tiles.
 PLAIN_METHODS = [name for name in METHODS if vitexplain.methods.REGISTRY[name].rules is None]

@@ -76,8 +76,19 @@ def test_relevance_of_the_authors_code_in_float32(golden, name: str) -> None:
     model, expected = golden
     method, options = RELEVANCE_CASES[name]
     images, target = expected["images"].float(), expected["target"]
-    ours = vitexplain.explain(model.float(), images, target=target, method=method, **options).maps
+    ours = vitexplain.explain(model.float(), images, target=target, method=method, precision="float32", **options).maps
     plain = DenseReference(model, images, dtype=torch.float32).explain(method, target, **options)
     plain = plain if plain.dim() == 3 else plain[:, model.num_prefix_tokens :]
     budget = 2 * relative_error(plain.flatten(), expected[name].flatten()) + 1e-5
     assert relative_error(ours.flatten(), expected[name].flatten()) <= budget <= 0.05
+
+
+@pytest.mark.parametrize("name", RELEVANCE_CASES)
+def test_relevance_of_a_float32_model_is_exact_on_a_cpu(golden, name: str) -> None:
+    """The pass runs in float64 there, whatever the model's element type."""
+    model, expected = golden
+    method, options = RELEVANCE_CASES[name]
+    images, target = expected["images"].float(), expected["target"]
+    ours = vitexplain.explain(model.float(), images, target=target, method=method, **options)
+    assert relative_error(ours.maps.flatten(), expected[name].flatten()) <= 1e-5
+    assert ours.logits.dtype == torch.float32

@@ -214,7 +214,7 @@ class Explainer:
         run.set_output(reference.logits)
         run.pooling = reference.pooling.unsqueeze(1)
         for method in self.methods:
-            options = asdict(method)
+            options = {name: value for name, value in asdict(method).items() if name != "precision"}
             for item in run.targets:
                 values = reference.explain(method.name, item.value, rows=self.rows, **options)
                 run.add(method, values if self.rows == "all" else values.unsqueeze(1))
@@ -367,17 +367,20 @@ class _Run:
 
     def walk_with_rules(self) -> None:
         """The methods that send relevance back: a forward under each set of rules, and a pass for each target."""
-        by_rules: dict[str, list[Method]] = {}
+        device = next(self.anatomy.model.parameters()).device
+        backend = choose_backend(self.explainer.backend, device)
+        by_rules: dict[tuple[str, torch.dtype], list[Method]] = {}
         for method in self.methods:
             if method.rules is not None:
-                by_rules.setdefault(method.rules, []).append(method)
-        for rules, methods in by_rules.items():
+                by_rules.setdefault((method.rules, method.relevance_dtype(backend)), []).append(method)
+        for (rules, dtype), methods in by_rules.items():
             first_block = min(method.first_block(len(self.anatomy.blocks)) for method in methods)
             to_inputs = any(method.to_inputs for method in methods)
             with RelevanceTap(
-                self.anatomy, rules, first_block=first_block, to_inputs=to_inputs, backend=self.explainer.backend
+                self.anatomy, rules, first_block=first_block, to_inputs=to_inputs, backend=self.explainer.backend, dtype=dtype
             ) as tap:
                 output = self.set_output(tap.forward(self.inputs))
+                self.output = self.output.to(next(self.anatomy.model.parameters()).dtype)
                 trace = self._trace(tap)
                 for number, target in enumerate(self.targets):
                     last = number == len(self.targets) - 1

@@ -104,17 +104,27 @@ class RelevanceTap(Tap):
         first_block: relevance stops below this block's attention.
         to_inputs: relevance goes on below block 0: to the images' pixels, or, for conservative rules, to its input tokens.
         backend: for kernels.
+        dtype: float32 or float64, of the whole pass.
     """
 
     def __init__(
-        self, anatomy: Anatomy, rules: str, *, first_block: int = 0, to_inputs: bool = False, backend: str = "auto"
+        self,
+        anatomy: Anatomy,
+        rules: str,
+        *,
+        first_block: int = 0,
+        to_inputs: bool = False,
+        backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.rules, self.backend = rules, backend
+        model_dtype = next(anatomy.model.parameters()).dtype
+        self.dtype = torch.float64 if torch.float64 in (dtype, model_dtype) else dtype
         self.conservative = rules == "conservative"
         super().__init__(
             anatomy, Request(first_block=first_block, gradient=True, input_gradient=to_inputs and self.conservative), backend
         )
-        self.mode = RuleMode(rules, self._attention)
+        self.mode = RuleMode(rules, self._attention, self.dtype)
         self.to_pixels = to_inputs and not self.conservative
         self.relevance_listener: RelevanceListener | None = None
 
@@ -125,10 +135,10 @@ class RelevanceTap(Tap):
         return self
 
     def forward(self, inputs: Any) -> Tensor:
-        """Run the model; the gradient of the result is relevance. Half-precision inputs are widened."""
+        """Run the model; the gradient of the result is relevance. Narrower inputs are widened."""
         given = inputs
         if isinstance(inputs, Tensor):
-            inputs = inputs.detach().float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.detach()
+            inputs = inputs.detach().to(self.dtype)
         if self.to_pixels:
             inputs = inputs.clone().requires_grad_()
         output = super().forward(inputs)
@@ -149,7 +159,7 @@ class RelevanceTap(Tap):
             )
 
     def _mode(self) -> SdpaMode:
-        self.mode = RuleMode(self.rules, self._attention)
+        self.mode = RuleMode(self.rules, self._attention, self.dtype)
         return self.mode
 
     def _pool(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:

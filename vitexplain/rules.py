@@ -2,7 +2,7 @@
 
 While a forward runs under ``RuleMode``, each function's place in the autograd graph is taken by its rule: the backward of
 that graph then carries relevance instead of gradients. No model has to be rebuilt for it, and a function without a rule is
-refused by name. Relevance is float32 whatever the model's dtype (float64 for float64): it is divided by activations.
+refused by name. Relevance is float32 or float64 whatever the model's dtype: it is divided by sums of activations that can cancel.
 
 Rules of ``transformer_attribution`` and of the LRP baselines: Chefer, Gur and Wolf, "Transformer Interpretability Beyond
 Attention Visualization" (CVPR 2021), and the z^B rule of Montavon et al., "Explaining nonlinear classification decisions with
@@ -333,11 +333,12 @@ class RuleMode(SdpaMode):
         rules: name of the table. ``"normalised"`` and ``"separate"`` refuse functions that they have no rule for; what
             ``"conservative"`` does not name keeps its gradient.
         handler: is offered every fused attention.
+        dtype: float32 or float64; narrower tensors are widened.
     """
 
-    def __init__(self, rules: str, handler: Callable[..., Tensor | None]) -> None:
+    def __init__(self, rules: str, handler: Callable[..., Tensor | None], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(handler)
-        self.rules = rules
+        self.rules, self.dtype = rules, dtype
         self.table = TABLES[rules]
         self.convolved = False
         self.changed_in_place = False
@@ -345,8 +346,8 @@ class RuleMode(SdpaMode):
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         rule = self.table.get(name)
-        if rule is not None or name in _COMPUTES:
-            args, kwargs = tree_map(_widened, (args, kwargs))
+        if rule is not None or name in _COMPUTES or _mixes_types(args, kwargs):
+            args, kwargs = tree_map(self._widened, (args, kwargs))
         if rule is None:
             return self._unruled(name, func, args, kwargs)
         if not any(map(_carries, tree_leaves((args, kwargs)))):
@@ -364,6 +365,16 @@ class RuleMode(SdpaMode):
             )
         self.convolved = True
 
+    def _widened(self, value: Any) -> Any:
+        """A tensor in the pass's element type, where its own is narrower."""
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and torch.finfo(value.dtype).bits < torch.finfo(self.dtype).bits
+        ):
+            return value.to(self.dtype)
+        return value
+
     def _unruled(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.rules == "conservative" or name in _MOVES:
             return func(*args, **kwargs)
@@ -379,15 +390,14 @@ class RuleMode(SdpaMode):
         return tree_map(lambda value: Refuse.apply(name, value, *carrying) if _is_floating(value) else value, out)
 
 
+def _mixes_types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether values that were widened meet a model's own weights in a function that expects one type."""
+    return len({value.dtype for value in tree_leaves((args, kwargs)) if _is_floating(value)}) > 1
+
+
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-# Functions with weights: a half-precision model's are widened before the first block, too.
+# Functions with weights: those of a narrower model are widened before the first block, too.
 _COMPUTES = ("linear", "conv2d", "layer_norm", "rms_norm", "scaled_dot_product_attention", "matmul", "__matmul__", "embedding")
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return value

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
@@ -19,6 +20,15 @@ from ..targets import Target
 def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
     """A dataclass field for a method's option: default, one line of help, and what values it takes."""
     return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+
+
+def precision_option() -> Any:
+    """The element type of a relevance pass whose rules divide by sums that can cancel."""
+    return option(
+        "auto",
+        "of the relevance pass; auto is float64 on a CPU, float32 for the kernels on a GPU",
+        choices=("auto", "float32", "float64"),
+    )
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,13 @@ class Method:
     def needs_class(self) -> bool:
         """Whether a class's probability is read, which no other score has."""
         return self.explained_score == "probability"
+
+    def relevance_dtype(self, backend: str) -> torch.dtype:
+        """Of the relevance pass, where ``rules``; ``backend`` is the kernels', ``"triton"`` or ``"torch"``."""
+        precision = getattr(self, "precision", "float32")
+        if precision == "auto":
+            precision = "float32" if backend == "triton" else "float64"
+        return getattr(torch, precision)
 
     def check(self, anatomy: Anatomy) -> None:
         """Raise ``UnsupportedModelError`` where this method cannot explain the model."""

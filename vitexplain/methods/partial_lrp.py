@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..relevance import Rows, Trace, relevant_rows
 from ..relevance_tap import AttentionRelevance
-from .base import Method
+from .base import Method, precision_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,11 @@ class PartialLRP(Method):
     name: ClassVar[str] = "partial_lrp"
     title: ClassVar[str] = "Partial LRP"
     paper: ClassVar[str] = "Analyzing Multi-Head Self-Attention (ACL 2019), as in Transformer Interpretability (CVPR 2021)"
-    cost: ClassVar[str] = "forward + a relevance pass of the head and the last MLP, in float32"
+    cost: ClassVar[str] = "forward + a relevance pass of the head and the last MLP"
     uses_target: ClassVar[bool] = True
     rules: ClassVar[str | None] = "separate"
+
+    precision: str = precision_option()
 
     def first_block(self, num_blocks: int) -> int:
         return num_blocks - 1
