@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import vitexplain
 from vitexplain import Explanation, ExplanationError
 from vitexplain.models import FAMILIES as KNOWN
-from vitexplain.testing import DenseReference
+from vitexplain.testing import DenseReference, relative_error
 from vitexplain.testing.families import FAMILIES, FamilyCase
 
 from .record import RESULTS
@@ -82,11 +82,6 @@ def outcomes(case: FamilyCase) -> Iterator[Pair]:
         limit = TOLERANCE.get(info.name, DEFAULT_TOLERANCE)
         assert error <= limit, f"{info.name} on {case.package} {case.family}: relative error {error:.1e}, expected {limit:.0e}"
         yield Pair(case.package, case.family, info.name, AGREES)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude expected; 0 where both are all zero."""
-    return float((actual.double() - expected).abs().max()) / max(float(expected.abs().max()), 1e-300)
 
 
 def _values(explanation: Explanation) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 import vitexplain
 from vitexplain import Explanation
+from vitexplain.testing import relative_error as relative_error
 
 torch.set_num_threads(1)  # tests run in parallel processes
 # From the repository's root, transformers would take the folder ``kernels`` for the package of that name on the hub.
@@ -67,12 +68,6 @@ def images_for(model: VisionTransformer, batch: int, seed: int = 1) -> torch.Ten
     """(B, 3, h, w) standard normal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude expected; 0 where both are all zero."""
-    difference = float((actual.double() - expected.double()).abs().max())
-    return difference / max(float(expected.double().abs().max()), 1e-300)
 
 
 def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -86,6 +86,11 @@ def _identity(func, args, kwargs) -> Tensor:
     return Propagate.apply(_computed(func, args, kwargs), lambda relevance: (relevance.sum_to_size(source.shape),), source)
 
 
+def _by_name(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, however they were given."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Both operands of a sum or product by position."""
     if kwargs.get("alpha", 1) != 1 or kwargs.get("out") is not None or kwargs.get("rounding_mode") is not None:
@@ -178,7 +183,7 @@ def _first_convolution(func, args, kwargs) -> Tensor:
     """The z^B rule between images and patch tokens, bounds per image, bias ignored."""
     images, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    options = _by_name(names, args, kwargs)
     switches = {name: options[name] for name in names[3:] if name in options}
 
     def convolve(values: Tensor, kernel: Tensor) -> Tensor:
@@ -211,11 +216,11 @@ def _constant_factor(func, args, kwargs) -> Tensor:
 
 def _constant_denominator(func, args, kwargs) -> Tensor:
     """LayerNorm whose standard deviation is a constant: it centres, scales by constants, and shifts."""
-    source = args[0]
-    shape, weight, _, eps = _normalisation(args, kwargs)
-    dims = tuple(range(-len(shape), 0))
+    options = _by_name(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    source, weight = options["input"], options.get("weight")
+    dims = tuple(range(-len(options["normalized_shape"]), 0))
     value = source.detach()
-    deviation = (value.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
+    deviation = (value.var(dims, unbiased=False, keepdim=True) + options.get("eps", 1e-5)).sqrt()
 
     def share(gradient: Tensor) -> Sequence[Tensor]:
         scaled = (gradient if weight is None else gradient * weight) / deviation
@@ -226,9 +231,8 @@ def _constant_denominator(func, args, kwargs) -> Tensor:
 
 def _constant_root(func, args, kwargs) -> Tensor:
     """RMSNorm whose root mean square is a constant."""
-    source = args[0]
-    options = {**dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)), **kwargs}
-    weight, eps = options.get("weight"), options.get("eps")
+    options = _by_name(("input", "normalized_shape", "weight", "eps"), args, kwargs)
+    source, weight, eps = options["input"], options.get("weight"), options.get("eps")
     dims = tuple(range(-len(options["normalized_shape"]), 0))
     value = source.detach()
     eps = torch.finfo(value.dtype).eps if eps is None else eps
@@ -242,7 +246,7 @@ def _constant_root(func, args, kwargs) -> Tensor:
 
 def _unit_length(func, args, kwargs) -> Tensor:  # noqa: ARG001
     """``F.normalize`` whose norm is a constant."""
-    options = {**dict(zip(("input", "p", "dim", "eps"), args, strict=False)), **kwargs}
+    options = _by_name(("input", "p", "dim", "eps"), args, kwargs)
     source, dim = options["input"], options.get("dim", 1)
     norm = torch.linalg.vector_norm(source.detach(), options.get("p", 2.0), dim, keepdim=True)
     return source / norm.clamp_min(options.get("eps", 1e-12))
@@ -250,18 +254,13 @@ def _unit_length(func, args, kwargs) -> Tensor:  # noqa: ARG001
 
 def _cosine(func, args, kwargs) -> Tensor:  # noqa: ARG001
     """``F.cosine_similarity`` whose norms are constants."""
-    options = {**dict(zip(("x1", "x2", "dim", "eps"), args, strict=False)), **kwargs}
+    options = _by_name(("x1", "x2", "dim", "eps"), args, kwargs)
     dim, eps = options.get("dim", 1), options.get("eps", 1e-8)
     units = [
         value / torch.linalg.vector_norm(value.detach(), dim=dim, keepdim=True).clamp_min(eps)
         for value in (options["x1"], options["x2"])
     ]
     return (units[0] * units[1]).sum(dim)
-
-
-def _normalisation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[int], Tensor | None, Tensor | None, float]:
-    options = {**dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
-    return options["normalized_shape"], options.get("weight"), options.get("bias"), options.get("eps", 1e-5)
 
 
 def _half_product(func, args, kwargs) -> Tensor:

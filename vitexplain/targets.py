@@ -97,7 +97,7 @@ def similarity(embeddings: Tensor) -> Callable[[Tensor], Tensor]:
         if outputs.shape[1] != embeddings.shape[-1]:
             raise InputError(f"similarity: expected embeddings of width {outputs.shape[1]}, received {embeddings.shape[-1]}")
         directions = torch.nn.functional.normalize(embeddings.to(outputs), dim=-1)
-        return torch.nn.functional.normalize(outputs, dim=-1) @ directions.T
+        return torch.nn.functional.normalize(outputs, dim=-1) @ directions.transpose(0, -1)
 
     return score
 
