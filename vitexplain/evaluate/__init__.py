@@ -1,0 +1,1 @@
+"""Is an explanation faithful to its model? The papers' protocols on any data set and model."""
