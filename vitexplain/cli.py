@@ -258,7 +258,7 @@ class _Session:
         names = own_methods() if method and "all" in method else method or ["tokentm"]
         self.loaded = loaded
         self.targets = [loaded.class_index(text) for text in target or []]
-        self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or []))
+        self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or [], names))
 
     def attribute(self, photos: list[Image.Image]) -> dict[str, Explanation]:
         """Explain photos of any size and shape."""
@@ -311,29 +311,13 @@ class _Session:
         return self.loaded.class_name(index).partition(",")[0]
 
 
-def _parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs; values are read as true, false, whole number, number or text."""
-    from .methods import REGISTRY
+def _parse_options(pairs: list[str], methods: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs, each value in the type that the named methods' options have."""
+    from .methods import build_methods
+    from .options import parse_value, split_pair
 
-    texts = {o.name for kind in REGISTRY.values() for o in kind.options() if isinstance(o.default, str)}
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not (name and equals and text):
-            raise _Failure(f"option: expected NAME=VALUE, received {pair!r}")
-        parsed[name] = text if name in texts else _parse_value(text)
-    return parsed
-
-
-def _parse_value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    kinds = [type(method) for method in build_methods(methods, {}).values()]
+    return {name: parse_value(name, text, kinds) for name, text in map(split_pair, pairs)}
 
 
 def _check_output(output: Path | None, many: bool) -> None:

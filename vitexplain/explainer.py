@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from .explanation import Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
-from .methods import CaptumMethod, Method, build_methods
+from .methods import CaptumMethod, Method, MethodChoice, build_methods
 from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
     Trace,
@@ -43,6 +43,7 @@ class Explainer:
             text classifiers; possibly compiled or wrapped for data parallelism), or any other with ``anatomy``. It is left as it
             was after each call, also after an exception, and is run in evaluation mode.
         method: a name or ``Method``, or several, which then share one forward and backward. ``vitexplain.methods()`` lists them.
+            A mapping of labels to them can hold one method several times with different options.
         backend: ``"auto"`` (Triton on CUDA, tiled torch elsewhere), ``"triton"``, ``"torch"``, or ``"dense"``, the float64
             reference that stores every map. An explicit choice is honoured or refused, never replaced.
         rows: ``"all"`` also returns the whole n × n map of contributions of chain methods.
@@ -61,7 +62,7 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        method: str | Method | Iterable[str | Method] = "tokentm",
+        method: MethodChoice = "tokentm",
         backend: str = "auto",
         *,
         rows: str | None = None,
@@ -76,7 +77,8 @@ class Explainer:
         if score is not None and not callable(score):
             options["score"] = score
         self.score: Score | None = score if callable(score) else None
-        self.methods = build_methods(method, options)
+        self.labels = build_methods(method, options)
+        self.methods = list(dict.fromkeys(self.labels.values()))
         self.backend = backend
         self.rows = rows
         self.anatomy = read_anatomy(model) if anatomy is None else _described(model, anatomy)
@@ -96,7 +98,7 @@ class Explainer:
         at values.
 
         Returns:
-            One ``Explanation``, or a dict by method name where several methods were asked for.
+            One ``Explanation``, or a dict by method name (or label) where several methods were asked for.
 
         Raises:
             InputError: inputs or target that do not fit.
@@ -196,7 +198,7 @@ class Explainer:
             run.walk_beside_the_model()
             run.walk_with_rules()
             run.run_captum()
-        return {method.name: self._explanation(method, run) for method in self.methods}
+        return {label: self._explanation(method, run) for label, method in self.labels.items()}
 
     def _dense(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         from .testing.dense import DenseReference  # loads only where it is asked for
@@ -219,11 +221,11 @@ class Explainer:
                 values = reference.explain(method.name, item.value, rows=self.rows, **options)
                 run.add(method, values if self.rows == "all" else values.unsqueeze(1))
         run.output = reference.logits.to(next(self.anatomy.model.parameters()).dtype)
-        return {method.name: self._explanation(method, run) for method in self.methods}
+        return {label: self._explanation(method, run) for label, method in self.labels.items()}
 
     def _explanation(self, method: Method, run: _Run) -> Explanation:
         """Split values (B, K, R, n) into prefix tokens and the patch grid; pixels (B, K, 1, h, w) are a map already."""
-        values = torch.stack(run.values[method.name], 1).float()
+        values = torch.stack(run.values[method], 1).float()
         if len(run.targets) > values.shape[1]:  # the same for every target
             values = values.expand(-1, len(run.targets), *values.shape[2:])
         contribution = None
@@ -264,7 +266,7 @@ class _Run:
     def __init__(self, explainer: Explainer, inputs: Any, target: Any) -> None:
         self.explainer, self.inputs, self.target = explainer, inputs, target
         self.anatomy, self.methods, self.rows = explainer.anatomy, explainer.methods, explainer.rows
-        self.values: dict[str, list[Tensor]] = {}
+        self.values: dict[Method, list[Tensor]] = {}
         self.output: Tensor | None = None
         self.classes: Tensor | None = None
         self.targets: list[Target] = []
@@ -281,7 +283,7 @@ class _Run:
 
     def add(self, method: Method, values: Tensor) -> None:
         """Values of the next target."""
-        self.values.setdefault(method.name, []).append(values)
+        self.values.setdefault(method, []).append(values)
 
     def set_output(self, output: Any) -> Tensor:
         """Take a forward's output; the first one decides what is explained."""
@@ -423,7 +425,7 @@ def explain(
     model: nn.Module,
     inputs: Tensor | Mapping[str, Tensor],
     target: Any = None,
-    method: str | Method | Iterable[str | Method] = "tokentm",
+    method: MethodChoice = "tokentm",
     backend: str = "auto",
     *,
     rows: str | None = None,

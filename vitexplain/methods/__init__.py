@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import InputError, unknown_name
+from ..options import Option, from_text
 from .attcat import AttCAT
-from .base import Method, Option
+from .base import Method
 from .captum_methods import CaptumMethod, InputXGradient, IntegratedGradients, SmoothGrad
 from .cdam import CDAM
 from .conservative_lrp import ConservativeLRP
@@ -61,6 +62,7 @@ __all__ = [
     "IntegratedGradients",
     "LeGrad",
     "Method",
+    "MethodChoice",
     "MethodInfo",
     "Option",
     "PartialLRP",
@@ -72,6 +74,7 @@ __all__ = [
     "TransformerMM",
     "build_methods",
     "list_methods",
+    "method_from_text",
     "own_methods",
 ]
 
@@ -103,29 +106,59 @@ def own_methods() -> list[str]:
     return [name for name, kind in REGISTRY.items() if not issubclass(kind, CaptumMethod)]
 
 
-def build_methods(method: str | Method | Iterable[str | Method], options: Mapping[str, Any]) -> list[Method]:
-    """Methods by name or instance; each option goes to every named method that has it.
+MethodChoice = str | Method | Iterable[str | Method] | Mapping[str, str | Method]
+
+
+def build_methods(method: MethodChoice, options: Mapping[str, Any]) -> dict[str, Method]:
+    """Methods by label, from names or instances; each option goes to every named method that has it.
+
+    A label is the method's name, or the key in a mapping, which can hold one method several times with different options.
 
     Raises:
         UnknownNameError: no method, or no method asked for, has that name or option.
         InputError: an option's value does not fit, a method is asked for twice, or none is.
     """
-    asked = [method] if isinstance(method, str | Method) else list(method)
-    if not asked:
-        raise InputError("method: expected at least one method, received an empty list")
-    kinds = [item if isinstance(item, Method) else _lookup(item) for item in asked]
-    names = [kind.name for kind in kinds]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"method: expected each method once, received {', '.join(twice)} more than once")
-    taken = {kind.name: {o.name for o in kind.options()} for kind in kinds if not isinstance(kind, Method)}
+    kinds = _labelled(method)
+    taken = {kind.name: {o.name for o in kind.options()} for kind in kinds.values() if not isinstance(kind, Method)}
     for name in options:
         if not any(name in known for known in taken.values()):
-            raise unknown_name(f"option of {', '.join(names)}", name, set().union(*taken.values()))
-    return [
-        kind if isinstance(kind, Method) else kind(**{name: value for name, value in options.items() if name in taken[kind.name]})
-        for kind in kinds
-    ]
+            names = ", ".join(kind.name for kind in kinds.values())
+            raise unknown_name(f"option of {names}", name, set().union(*taken.values()))
+    return {
+        label: kind
+        if isinstance(kind, Method)
+        else kind(**{name: value for name, value in options.items() if name in taken[kind.name]})
+        for label, kind in kinds.items()
+    }
+
+
+def method_from_text(text: str) -> Method:
+    """The method that ``NAME`` or ``NAME:OPTION=VALUE,…`` asks for, such as ``"gmar:norm=l2"``.
+
+    Raises:
+        UnknownNameError: no method has that name or option.
+        InputError: another form, or a value that does not fit.
+    """
+    return from_text(text, _lookup)
+
+
+def _labelled(method: MethodChoice) -> dict[str, Method | type[Method]]:
+    if isinstance(method, Mapping):
+        kinds = {str(label): item if isinstance(item, Method) else _lookup(item) for label, item in method.items()}
+    else:
+        asked = [method] if isinstance(method, str | Method) else list(method)
+        listed = [item if isinstance(item, Method) else _lookup(item) for item in asked]
+        names = [kind.name for kind in listed]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(
+                f"method: expected each method once, received {', '.join(twice)} more than once; a mapping of labels to methods "
+                "can hold one with several options"
+            )
+        kinds = dict(zip(names, listed, strict=True))
+    if not kinds:
+        raise InputError("method: expected at least one method, received none")
+    return kinds
 
 
 def _lookup(name: str) -> type[Method]:

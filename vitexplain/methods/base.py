@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,15 +11,11 @@ from torch import Tensor
 
 from ..errors import InputError, UnsupportedModelError
 from ..models import Anatomy
+from ..options import HasOptions, option
 from ..relevance import Rows, Trace, Update, follow
 from ..relevance_tap import AttentionRelevance
 from ..tap import BlockTrace
 from ..targets import Target
-
-
-def option(default: Any, help: str, *, choices: tuple[Any, ...] = (), minimum: float | None = None) -> Any:
-    """A dataclass field for a method's option: default, one line of help, and what values it takes."""
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
 def precision_option() -> Any:
@@ -31,40 +27,8 @@ def precision_option() -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Option:
-    """One option of a method: name, default, one line of help, allowed values (empty where any value of the type is)."""
-
-    name: str
-    default: Any
-    help: str
-    choices: tuple[Any, ...] = ()
-
-    @property
-    def values(self) -> str:
-        """The values it takes, as text."""
-        if self.choices:
-            return " | ".join(map(str, self.choices))
-        return "true | false" if isinstance(self.default, bool) else type(self.default).__name__
-
-
-def _check_option(method: str, spec: Any, value: Any) -> None:
-    """Refuse a value of the wrong type, outside the choices, or below the minimum."""
-    default, choices, minimum = spec.default, spec.metadata["choices"], spec.metadata["minimum"]
-    where = f"option {spec.name!r} of {method}"
-    if choices:
-        if value not in choices:
-            raise InputError(f"{where}: expected one of {', '.join(map(repr, choices))}, received {value!r}")
-        return
-    kinds = (int, float) if type(default) is float else (type(default),)
-    if type(value) not in kinds:
-        raise InputError(f"{where}: expected {type(default).__name__}, received {value!r}")
-    if minimum is not None and not value >= minimum:
-        raise InputError(f"{where}: expected at least {minimum}, received {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(HasOptions):
     """Base of all methods. Walks over blocks from the last to the first; the state is whatever ``start`` returns.
 
     Class attributes:
@@ -83,7 +47,6 @@ class Method:
         resolution: ``"tokens"``, one value a token, or ``"pixels"``, one a pixel of the image.
     """
 
-    name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
@@ -98,19 +61,6 @@ class Method:
     rules: ClassVar[str | None] = None
     to_inputs: ClassVar[bool] = False
     resolution: ClassVar[str] = "tokens"
-
-    def __post_init__(self) -> None:
-        for spec in fields(self):
-            _check_option(self.name, spec, getattr(self, spec.name))
-
-    @classmethod
-    def options(cls) -> tuple[Option, ...]:
-        """The method's options."""
-        return tuple(
-            Option(spec.name, spec.default, spec.metadata["help"], spec.metadata["choices"])
-            for spec in fields(cls)
-            if spec.default is not MISSING
-        )
 
     @property
     def explained_score(self) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..models import Anatomy
+from ..options import option
 from ..targets import Target
-from .base import Method, option
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

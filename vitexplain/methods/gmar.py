@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..options import option
 from ..relevance import Trace, Update
 from ..tap import BlockTrace
-from .base import ChainMethod, option
+from .base import ChainMethod
 
 
 @dataclass(frozen=True, kw_only=True)

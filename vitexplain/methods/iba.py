@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..options import option
 from ..relevance import Rows, Trace, propagate
 from ..tap import BlockTrace, replay
 from ..targets import Target
-from .base import Method, option
+from .base import Method
 
 
 def local_gradient(trace: Trace, block: BlockTrace, target: Target) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..kernels import attention_token_transformation, token_transformation
 from ..kernels.dispatch import accumulation_dtype
+from ..options import option
 from ..relevance import Rows, Trace, Update
 from ..tap import BlockTrace
-from .base import ChainMethod, option
+from .base import ChainMethod
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..options import option
 from ..relevance import Rows, Trace, relevant_rows
 from ..relevance_tap import AttentionRelevance
-from .base import Method, option, precision_option
+from .base import Method, precision_option
 
 
 @dataclass(frozen=True, kw_only=True)
