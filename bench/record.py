@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy
-import timm
-import torch
+from vitexplain.environment import environment
+
+__all__ = ["RESULTS", "Row", "environment", "read_rows", "spread", "write_rows", "write_table_rows"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -37,26 +36,6 @@ class Row:
     device: str
     threads: int
     versions: str
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """Device, threads and versions for a row."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
-    }
-    versions = ", ".join(f"{package} {version}" for package, version in packages.items())
-    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"
 
 
 def spread(samples: list[float]) -> dict[str, object]:

@@ -21,7 +21,7 @@ LEVELS = [
     {"tap", "targets", "heatmap"},
     {"models", "fused_attention"},
     {"kernels"},
-    {"errors", "capture", "options"},
+    {"errors", "capture", "options", "environment"},
 ]
 FREE = {"testing", "__init__", "assets"}  # the reference stands beside the house; the package's front door sees all
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -31,6 +32,29 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_SIDE_RATIO = 100
 
 _DEMO_FILES = "demo_vit_cifar10"
+_Converted = TypeVar("_Converted")
+
+
+class Preprocess:
+    """One geometry for photos and their masks, by a timm data configuration."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._image = timm.data.create_transform(**config, is_training=False)
+        self._seen = timm.data.create_transform(**config, is_training=False, normalize=False)
+        nearest = {**config, "interpolation": "nearest"}
+        self._mask = timm.data.create_transform(**nearest, is_training=False, normalize=False)
+
+    def image(self, photo: Image.Image) -> Tensor:
+        """(3, h, w) float32, normalised, of an RGB photo."""
+        return self._image(photo)
+
+    def seen(self, photo: Image.Image) -> Tensor:
+        """(3, h, w) uint8: what the model sees of the photo."""
+        return self._seen(photo)
+
+    def mask(self, mask: np.ndarray) -> Tensor:
+        """(h, w) bool of a mask (H, W) bool of the photo's size."""
+        return self._mask(Image.fromarray(mask.astype(np.uint8) * 255))[0] > 127
 
 
 @dataclass(frozen=True)
@@ -40,23 +64,50 @@ class LoadedModel:
     Attributes:
         name: the name it was asked for by.
         model: in evaluation mode, on its device.
-        transform: from an RGB photo to the model's input (3, h, w), normalised, float32.
-        display_transform: from an RGB photo to what the model saw of it, (3, h·s, w·s) uint8, not normalised.
+        config: timm's data configuration: ``input_size``, ``interpolation``, ``crop_pct``, ``crop_mode``, ``mean``, ``std``.
         class_names: one name a class, or None where they are not known.
-        mean, std: the normalisation, three values each.
-        input_size: height and width of the model's input.
-        squashes: whether the whole photo is squeezed to that shape.
     """
 
     name: str
     model: nn.Module
-    transform: Callable[[Image.Image], Tensor]
-    display_transform: Callable[[Image.Image], Tensor]
+    config: Mapping[str, Any]
     class_names: tuple[str, ...] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    input_size: tuple[int, int]
-    squashes: bool
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the normalisation, three values."""
+        return tuple(self.config["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of the normalisation, three values."""
+        return tuple(self.config["std"])
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        return tuple(self.config["input_size"][1:])
+
+    @property
+    def squashes(self) -> bool:
+        """Whether the whole photo is squeezed to the input's shape."""
+        return self.config.get("crop_mode") == "squash"
+
+    @cached_property
+    def transform(self) -> Callable[[Image.Image], Tensor]:
+        """From an RGB photo to the model's input (3, h, w), normalised, float32."""
+        return timm.data.create_transform(**self.config, is_training=False)
+
+    @cached_property
+    def display_transform(self) -> Callable[[Image.Image], Tensor]:
+        """From an RGB photo to what the model saw of it, (3, h·s, w·s) uint8, not normalised."""
+        return _display_transform(self.config)
+
+    def preprocess(self, resize: str = "model") -> Preprocess:
+        """How photos and masks become inputs: ``"model"``, as the model was trained, mostly with a crop; or ``"squash"``, the whole
+        photo squeezed to the input's shape, which is how localisation is measured."""
+        config = dict(self.config) if resize == "model" else {**self.config, "crop_mode": "squash", "crop_pct": 1.0}
+        return Preprocess(config)
 
     def display(self, photo: Image.Image) -> Image.Image:
         """The part of the photo that the model saw, at a resolution for people: the shorter side has at least 448 pixels.
@@ -92,15 +143,25 @@ class LoadedModel:
     def _class_index_by_name(self, text: str) -> int:
         if self.class_names is None:
             raise InputError(f"target: expected the index of a class, as the names are not known; received {text!r}")
-        wanted = text.strip().casefold()
-        whole = [index for index, name in enumerate(self.class_names) if name.casefold() == wanted]
-        found = whole or [index for index, name in enumerate(self.class_names) if wanted in _synonyms(name)]
+        found = self.classes_named([text])[text]
         if len(found) > 1:
             meant = ", ".join(f"{index} ({self.class_names[index]})" for index in found)
             raise InputError(f"target: expected the name of one class, received {text!r}, which is the name of {meant}")
         if not found:
-            raise unknown_name("class", wanted, {synonym for name in self.class_names for synonym in _synonyms(name)})
+            known = {synonym for name in self.class_names for synonym in _synonyms(name)}
+            raise unknown_name("class", text.strip().casefold(), known)
         return found[0]
+
+    def classes_named(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """The classes that each name may mean, none where it is not known; a whole name counts before a synonym."""
+        whole: dict[str, list[int]] = {}
+        part: dict[str, list[int]] = {}
+        for index, known in enumerate(self.class_names or ()):
+            whole.setdefault(known.casefold(), []).append(index)
+            for synonym in _synonyms(known):
+                part.setdefault(synonym, []).append(index)
+        wanted = {name: name.strip().casefold() for name in names}
+        return {name: tuple(whole.get(text) or part.get(text, ())) for name, text in wanted.items()}
 
 
 def load_model(
@@ -133,20 +194,10 @@ def load_model(
         model = model.eval().to(place, dtype)
     except torch.OutOfMemoryError as error:
         raise InputError(f"device: {place} has not enough free memory for model {name!r}") from error
-    channels, height, width = config["input_size"]
+    channels = config["input_size"][0]
     if channels != 3:
         raise InputError(f"model: expected one that takes RGB photos, received {name!r}, which takes {channels} channels")
-    return LoadedModel(
-        name=name,
-        model=model,
-        transform=timm.data.create_transform(**config, is_training=False),
-        display_transform=_display_transform(config),
-        squashes=config.get("crop_mode") == "squash",
-        class_names=class_names,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        input_size=(height, width),
-    )
+    return LoadedModel(name, model, config, class_names)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -355,21 +406,45 @@ def load_photo(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     check_file(path, "photo")
+    return decode_photo(path, repr(str(path)))
+
+
+def decode_photo(file: Path | BinaryIO, name: str) -> Image.Image:
+    """The photo in a file or a stream of bytes as ``load_photo`` gives it; ``name`` stands for it in messages.
+
+    Raises:
+        InputError: it cannot be read as an image.
+    """
+    photo = decode_image(file, "photo", name, to_rgb)
+    if max(photo.size) > MAX_SIDE_RATIO * min(photo.size):
+        raise InputError(
+            f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {photo.width} × {photo.height} in {name}"
+        )
+    return photo
+
+
+def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[[Image.Image], _Converted]) -> _Converted:
+    """What ``convert`` makes of the upright image in a file or a stream of bytes.
+
+    Args:
+        file: the encoded image.
+        what: what the image is for, ``"photo"`` or ``"mask"``; messages begin with it.
+        name: stands for the image in messages.
+        convert: from an image of any mode.
+
+    Raises:
+        InputError: it cannot be read as an image, or not be converted.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large photos and odd metadata
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 image.load()
-                photo = to_rgb(ImageOps.exif_transpose(image))
+                return convert(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError as error:
-        raise InputError(f"photo: {str(path)!r} is not an image in a known format") from error
+        raise InputError(f"{what}: {name} is not an image in a known format") from error
     except Exception as error:  # a damaged file can raise anything inside a decoder
-        raise InputError(f"photo: cannot read {str(path)!r}: {_brief(error)}") from error
-    if max(photo.size) > MAX_SIDE_RATIO * min(photo.size):
-        raise InputError(
-            f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {photo.width} × {photo.height} in {str(path)!r}"
-        )
-    return photo
+        raise InputError(f"{what}: cannot read {name}: {_brief(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,1 +1,71 @@
 """Is an explanation faithful to its model? The papers' protocols on any data set and model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..loading import LoadedModel
+from ..methods import MethodChoice
+from ..sources import Source
+from .curves import save_curves
+from .gallery import choose_gallery
+from .protocols import PROTOCOLS, Protocol
+from .report import write_report
+from .results import Results
+from .runner import Evaluation, Progress
+from .tables import markdown
+
+__all__ = ["PROTOCOLS", "Evaluation", "Protocol", "Results", "evaluate", "write_results"]
+
+
+def evaluate(
+    model: LoadedModel,
+    source: Source,
+    methods: MethodChoice,
+    protocols: Iterable[str | Protocol],
+    output: str | Path,
+    *,
+    gallery: int = 12,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Results:
+    """Measure how faithful methods are to a model, and write tables, curves and a report.
+
+    An evaluation that was interrupted goes on where it was, with the same result, when it is called again with the same
+    arguments.
+
+    Args:
+        model, source, methods, protocols, output, settings: see ``Evaluation``.
+        gallery: photos in the report.
+        progress: called with the number of images done and of all.
+
+    Returns:
+        What ``output/results.json`` holds; beside it are ``results.md``, ``report.html``, ``curves/`` and ``per_image/``.
+
+    Raises:
+        InputError, UnknownNameError, UnsupportedModelError: something does not fit.
+    """
+    evaluation = Evaluation(model, source, methods, protocols, output, **settings)
+    results = evaluation.run(progress)
+    write_results(evaluation, results, gallery=gallery)
+    return results
+
+
+def write_results(evaluation: Evaluation, results: Results, *, gallery: int = 12) -> list[Path]:
+    """Write ``results.json``, ``results.md``, the curves and ``report.html`` into the evaluation's folder.
+
+    Raises:
+        InputError: one of them cannot be written.
+    """
+    output = evaluation.output
+    try:
+        (output / "results.json").write_text(results.to_json(), encoding="utf-8")
+        (output / "results.md").write_text(markdown(results), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output: cannot write into {str(output)!r}: {error.strerror or error}") from error
+    curves = save_curves(results, output / "curves")
+    report = write_report(results, choose_gallery(evaluation, gallery), output / "report.html")
+    return [output / "results.json", output / "results.md", *curves, report]

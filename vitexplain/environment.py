@@ -1,0 +1,35 @@
+"""Where a figure was measured: device, threads, versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "timm", "numpy")
+
+
+def environment(device: torch.device, packages: tuple[str, ...] = PACKAGES) -> dict[str, object]:
+    """``device``, ``threads`` and ``versions``, as they stand beside every figure."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    versions = {"python": platform.python_version()} | {package: _version(package) for package in packages}
+    listed = ", ".join(f"{package} {number}" for package, number in versions.items())
+    return {"device": name, "threads": torch.get_num_threads(), "versions": listed}
+
+
+def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # with the build behind a plus sign
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"

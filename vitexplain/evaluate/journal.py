@@ -1,0 +1,101 @@
+"""What has been measured so far, on disk: an interrupted evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+
+FOLDER = "per_image"
+_SETTINGS = "settings.json"
+
+
+class Journal:
+    """Chunks of measurements under ``output/per_image``, each written whole or not at all.
+
+    Args:
+        output: the evaluation's folder; made where it is not there.
+        settings: everything the figures depend on; those of the journal that stands there must be the same.
+        overwrite: throw away what stands there.
+
+    Raises:
+        InputError: other settings stand there, or the folder cannot be written.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = output / FOLDER
+        try:
+            if overwrite and self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.partial"):
+                leftover.unlink()
+        except OSError as error:
+            raise InputError(f"output: cannot use the folder {str(output)!r}: {error.strerror}") from error
+        self._claim(dict(settings))
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        path = self.folder / _SETTINGS
+        if not path.exists():
+            self._write(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+            return
+        standing = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(json.dumps(settings))
+        different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
+        if different:
+            raise InputError(
+                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({', '.join(sorted(different))}); "
+                "expected the same ones to go on with it, another folder, or --overwrite"
+            )
+
+    def has(self, number: int) -> bool:
+        """Whether a chunk is there."""
+        return self._path(number).exists()
+
+    def write(self, number: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+        """Keep a chunk: arrays, and what else there is to say of it."""
+        path = self._path(number)
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as stream:
+                np.savez(stream, __notes__=np.array(json.dumps(notes)), **arrays)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+
+    def read(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """A chunk's arrays and notes.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path = self._path(number)
+        try:
+            with np.load(path) as content:
+                arrays = {name: content[name] for name in content.files}
+            return arrays, json.loads(str(arrays.pop("__notes__")))
+        except Exception as error:  # a damaged archive can raise anything inside a parser
+            raise InputError(
+                f"output: {str(path)!r} is damaged: delete it and run again, its images are then measured anew"
+            ) from error
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"chunk_{number:06d}.npz"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error

@@ -1,0 +1,69 @@
+"""Any metric of Quantus that reads finished maps."""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...options import option, split_pair
+from ..batch import Batch, RankedMaps
+from ..quantus_bridge import build_metric, quantus_scores
+from .base import Metric, Protocol, Raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantus(Protocol):
+    """A metric of the Quantus library, by its class's name: one number an image, their mean over the images that have one.
+
+    Metrics that explain again (of robustness and randomisation) need the method itself and run through
+    ``quantus_bridge.quantus_scores`` in Python.
+    """
+
+    name: ClassVar[str] = "quantus"
+    title: ClassVar[str] = "any metric of Quantus that reads finished maps"
+    source: ClassVar[str] = "Quantus (JMLR 2023)"
+
+    metric: str = option("Sparseness", "class name of the metric in Quantus")
+    parameters: str = option("", "the metric's own, as NAME=VALUE;NAME=VALUE")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._metric  # noqa: B018  an unknown metric or parameter is refused before any work
+
+    @cached_property
+    def _metric(self) -> Any:
+        pairs = [split_pair(pair) for pair in self.parameters.split(";")] if self.parameters else []
+        return build_metric(self.metric, **{name: _value(text) for name, text in pairs})
+
+    def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:
+        model = batch.classifier.model
+        scores = quantus_scores(self._metric, model, batch.images, target, maps.pixels, masks=batch.masks)
+        return {"score": torch.from_numpy(np.asarray(scores, dtype=np.float64))}
+
+    def metrics(self, explained: str, *, labels: bool) -> tuple[Metric, ...]:  # noqa: ARG002
+        direction = getattr(getattr(self._metric, "score_direction", None), "value", "higher")
+        return (Metric(self.metric, direction, "", _score_and_whether, _mean_of_those),)
+
+
+def _value(text: str) -> Any:
+    """A number, list or word."""
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _score_and_whether(raw: Raw) -> np.ndarray:
+    """(n, 2): the score, 0 where an image has none, and whether it has one."""
+    has = np.isfinite(raw["score"])
+    return np.stack([np.where(has, raw["score"], 0), has], 1)
+
+
+def _mean_of_those(means: np.ndarray) -> np.ndarray:
+    return means[..., 0] / np.maximum(means[..., 1], np.finfo(float).tiny)

@@ -1,0 +1,423 @@
+"""An evaluation from beginning to end: explain, measure, keep, summarise."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..environment import environment
+from ..errors import InputError, UnsupportedModelError
+from ..explainer import Explainer
+from ..loading import LoadedModel, Preprocess
+from ..methods import Method, MethodChoice, build_methods, method_from_text
+from ..sources import Source
+from .batch import Batch, Classifier, RankedMaps
+from .controls import CONTROLS, control_maps
+from .journal import Journal
+from .protocols import Ablation, Protocol, build_protocols
+from .protocols.ablation import VARIANTS
+from .results import MethodEntry, Results
+from .summary import Raw, summarise
+
+EXPLAINED = ("pred", "gt")
+RESIZE = ("auto", "model", "squash")
+DTYPES = ("float32", "bfloat16", "float16")
+VERSIONS = ("vitexplain", "torch", "timm", "numpy", "scikit-learn")
+BETWEEN = "|"  # parts of an array's name in a chunk
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of the tables and the protocols it takes part in."""
+
+    entry: MethodEntry
+    protocols: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What was read from the source for one chunk."""
+
+    images: Tensor | None
+    ids: tuple[str, ...]
+    labels: Tensor | None
+    masks: Tensor | None
+    left_out: tuple[dict[str, str], ...]
+
+
+class Evaluation:
+    """Methods × protocols on a model and a source of images.
+
+    Args:
+        model: with its preprocessing; see ``load_model``.
+        source: of images; see ``open_source``.
+        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to methods.
+        protocols: names, ``NAME:OPTION=VALUE,…`` texts or ``Protocol`` instances.
+        output: the folder that keeps what was measured. What stands there is gone on with.
+        explained: the classes that are explained: ``"pred"``, the predicted one, ``"gt"``, the label, or both.
+        controls: also measure random maps, a centre prior, and the first method's negated maps.
+        resize: ``"model"``, the model's own preprocessing; ``"squash"``, the whole photo; ``"auto"``, squash where a protocol reads
+            masks.
+        batch: images explained at once.
+        forward_batch: changed images in one forward; None for 64 on a CPU and 512 on a GPU.
+        dtype: element type of the forwards on changed images.
+        explain_dtype: of the explanations.
+        backend: of the explanations.
+        seed: of ties, random maps and the bootstrap.
+        resamples: of the bootstrap.
+        overwrite: throw away what stands in the folder.
+
+    Raises:
+        InputError, UnknownNameError, UnsupportedModelError: before any work, where something does not fit.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        source: Source,
+        methods: MethodChoice,
+        protocols: Iterable[str | Protocol],
+        output: str | Path,
+        *,
+        explained: Iterable[str] = ("pred",),
+        controls: bool = True,
+        resize: str = "auto",
+        batch: int = 8,
+        forward_batch: int | None = None,
+        dtype: str = "float32",
+        explain_dtype: str = "float32",
+        backend: str = "auto",
+        seed: int = 0,
+        resamples: int = 2000,
+        overwrite: bool = False,
+    ) -> None:
+        self.model, self.source, self.output = model, source, Path(output)
+        self.methods = _build_methods(methods)
+        self.protocols = build_protocols(protocols)
+        self.explained = tuple(dict.fromkeys(explained))
+        self.batch, self.seed, self.resamples = batch, seed, resamples
+        self._check(resize, dtype, explain_dtype)
+        masks = any(protocol.needs_masks for protocol in self.protocols.values())
+        self.resize = resize if resize != "auto" else "squash" if masks else "model"
+        self.preprocess: Preprocess = model.preprocess(self.resize)
+        self.rows = self._rows(controls)
+        device = next(model.model.parameters()).device
+        self.forward_batch = forward_batch or (64 if device.type == "cpu" else 512)
+        evaluated, explained_model = _in_dtype(model.model, dtype), _in_dtype(model.model, explain_dtype)
+        self.classifier = Classifier(evaluated, model.mean, model.std, self.forward_batch)
+        self.explainer = Explainer(explained_model, self._explained_methods(), backend)
+        self.environment = environment(device, VERSIONS)
+        self.settings = self._settings(controls, dtype, explain_dtype, backend)
+        self.journal = Journal(self.output, {**self.settings, "environment": self.environment}, overwrite=overwrite)
+
+    # -- checks and settings -------------------------------------------------------------------------------------------
+
+    def _check(self, resize: str, dtype: str, explain_dtype: str) -> None:
+        for name, value, known in (("resize", resize, RESIZE), ("dtype", dtype, DTYPES), ("explain_dtype", explain_dtype, DTYPES)):
+            if value not in known:
+                raise InputError(f"{name}: expected one of {', '.join(known)}, received {value!r}")
+        for value in self.explained:
+            if value not in EXPLAINED:
+                raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received {value!r}")
+        if not self.explained:
+            raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received none")
+        for name, value in (("batch", self.batch), ("resamples", self.resamples)):
+            if value < 1:
+                raise InputError(f"{name}: expected at least 1, received {value}")
+        if "gt" in self.explained and not self.source.has_labels:
+            raise InputError(f"explained: 'gt' needs labels, and {self.source.name!r} ({self.source.kind}) has none")
+        for label, protocol in self.protocols.items():
+            if protocol.needs_masks and not self.source.has_masks:
+                raise InputError(f"protocol {label!r} needs masks, and {self.source.name!r} ({self.source.kind}) has none")
+        for label in self.methods:
+            if BETWEEN in label:
+                raise InputError(f"method: expected a label without {BETWEEN!r}, received {label!r}")
+
+    def _rows(self, controls: bool) -> dict[str, _Row]:
+        """By label: methods, controls, and the ablation's variants."""
+        ordinary = tuple(label for label, protocol in self.protocols.items() if not isinstance(protocol, Ablation))
+        ablations = tuple(label for label, protocol in self.protocols.items() if isinstance(protocol, Ablation))
+        rows = {}
+        if ordinary:
+            rows = {label: _Row(_entry(method, "method"), ordinary) for label, method in self.methods.items()}
+        if ordinary and controls:
+            negated = f"negated {next(iter(self.methods))}"
+            rows |= {name: _Row(MethodEntry(name, "control"), ordinary) for name in (*CONTROLS, negated)}
+        if ablations:
+            rows |= {label: _Row(_entry(method, "ablation"), ablations) for label, method in VARIANTS.items()}
+        return rows
+
+    def _explained_methods(self) -> dict[str, Method]:
+        return {label: {**VARIANTS, **self.methods}[label] for label, row in self.rows.items() if row.entry.kind != "control"}
+
+    def _settings(self, controls: bool, dtype: str, explain_dtype: str, backend: str) -> dict[str, Any]:
+        return {
+            "model": {
+                "name": self.model.name,
+                "weights_sha256": weights_hash(self.model.model),
+                "input_size": list(self.model.input_size),
+                "resize": self.resize,
+            },
+            "data": {
+                "name": self.source.name,
+                "kind": self.source.kind,
+                "images": len(self.source),
+                "sha256": self.source.fingerprint(),
+            },
+            "methods": {
+                label: {"name": method.name, "options": asdict(method)} for label, method in self._explained_methods().items()
+            },
+            "protocols": {label: {"name": p.name, "options": asdict(p)} for label, p in self.protocols.items()},
+            "explained": list(self.explained),
+            "controls": controls,
+            "dtype": dtype,
+            "explain_dtype": explain_dtype,
+            "backend": backend,
+            "batch": self.batch,
+            "forward_batch": self.forward_batch,
+            "seed": self.seed,
+        }
+
+    # -- the run ---------------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress | None = None) -> Results:
+        """Measure what is not measured yet, and summarise.
+
+        Args:
+            progress: called with the number of images done and of all images.
+
+        Raises:
+            InputError: no image can be read, a map is not finite, or the folder cannot be written.
+        """
+        missing = [number for number in range(self.num_chunks) if not self.journal.has(number)]
+        total = len(self.source)
+        done = total - sum(len(self._indices(number)) for number in missing)
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[_Loaded] | None = reader.submit(self._load, missing[0]) if missing else None
+            for place, number in enumerate(missing):
+                if progress:
+                    progress(done, total)
+                assert ahead is not None
+                loaded = ahead.result()
+                following = missing[place + 1] if place + 1 < len(missing) else None
+                ahead = None if following is None else reader.submit(self._load, following)
+                self.journal.write(number, *self._measure_chunk(loaded))
+                done += len(self._indices(number))
+        if progress:
+            progress(done, total)
+        return self.summary()
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self.source) // self.batch)
+
+    def _indices(self, number: int) -> range:
+        return range(number * self.batch, min((number + 1) * self.batch, len(self.source)))
+
+    def _load(self, number: int) -> _Loaded:
+        """Read a chunk; what cannot be read is left out and named."""
+        samples, left_out = [], []
+        for index in self._indices(number):
+            try:
+                samples.append(self.source.sample(index))
+            except InputError as error:
+                left_out.append({"id": self.source.ids[index], "reason": str(error)})
+        if not samples:
+            return _Loaded(None, (), None, None, tuple(left_out))
+        masks = any(protocol.needs_masks for protocol in self.protocols.values())
+        return _Loaded(
+            images=torch.stack([self.preprocess.image(sample.photo) for sample in samples]),
+            ids=tuple(sample.id for sample in samples),
+            labels=torch.tensor([sample.label for sample in samples]) if self.source.has_labels else None,
+            masks=torch.stack([self.preprocess.mask(sample.mask) for sample in samples]) if masks else None,
+            left_out=tuple(left_out),
+        )
+
+    def _measure_chunk(self, loaded: _Loaded) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays by name, images first, and notes."""
+        if loaded.images is None:
+            return {}, {"left_out": loaded.left_out, "seconds": {}, "forwarded": 0}
+        started, before = time.perf_counter(), self.classifier.num_forwarded
+        batch = self._batch(loaded)
+        targets = {"pred": batch.predicted} | ({} if batch.labels is None else {"gt": batch.labels})
+        differing = (targets["gt"] != targets["pred"]).nonzero().squeeze(1) if "gt" in self.explained else None
+        others = batch.take(differing) if differing is not None and len(differing) else None
+        maps = self._maps(batch, batch.predicted)
+        other_maps = None if others is None else self._maps(others, others.labels)
+        seconds = {"explaining": time.perf_counter() - started}
+        arrays = {
+            "ids": np.array(batch.ids),
+            "predicted": batch.predicted.cpu().numpy(),
+            "clean_log_p": batch.clean.amax(-1).cpu().numpy(),
+        }
+        if batch.labels is not None:
+            arrays["labels"] = batch.labels.cpu().numpy()
+        arrays |= {f"map{BETWEEN}{label}": _thumbnail(values, self._grid) for label, values in maps.items()}
+        for label, row in self.rows.items():
+            ranked = self._ranked(label, maps, batch)
+            other_ranked = None if others is None else self._ranked(label, other_maps, others)
+            for protocol in row.protocols:
+                begun = time.perf_counter()
+                found = self._measure(protocol, batch, ranked, others, other_ranked, differing)
+                seconds[protocol] = seconds.get(protocol, 0.0) + time.perf_counter() - begun
+                for (kind, name), values in found.items():
+                    arrays[BETWEEN.join((label, protocol, kind, name))] = values
+        seconds["all"] = time.perf_counter() - started
+        return arrays, {
+            "left_out": loaded.left_out,
+            "seconds": seconds,
+            "forwarded": self.classifier.num_forwarded - before,
+        }
+
+    def _batch(self, loaded: _Loaded) -> Batch:
+        place = self.classifier.device
+        images = loaded.images.to(place, torch.float32)
+        labels, masks = (None if tensor is None else tensor.to(place) for tensor in (loaded.labels, loaded.masks))
+        clean = self.classifier.log_probabilities(images).clone()
+        if not bool(torch.isfinite(clean).all()):
+            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {self.classifier.dtype})")
+        if labels is not None and int(labels.max()) >= clean.shape[1]:
+            raise InputError(f"label: expected a class from 0 to {clean.shape[1] - 1}, received {int(labels.max())}")
+        return Batch(images, loaded.ids, labels, masks, clean, self.classifier, self.seed)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        grid = self.explainer.anatomy.grid(*self.model.input_size)
+        if grid is None:
+            raise UnsupportedModelError("evaluate: expected a model of images")
+        return grid
+
+    def _maps(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
+        """(B, gh, gw) of every method and control, by label; all methods share forward and backward."""
+        dtype = next(self.explainer.anatomy.model.parameters()).dtype
+        explanations = self.explainer.attribute(batch.images.to(dtype), target.clone())
+        maps = {label: explanation.maps for label, explanation in explanations.items()}
+        return maps | {name: control_maps(name, batch, self._grid) for name in CONTROLS if name in self.rows}
+
+    def _ranked(self, label: str, maps: Mapping[str, Tensor], batch: Batch) -> RankedMaps:
+        if label in maps:
+            return RankedMaps.of(maps[label], batch, label)
+        first = next(iter(self.methods))
+        return RankedMaps.of(maps[first], batch, first).negated()
+
+    def _measure(
+        self,
+        protocol: str,
+        batch: Batch,
+        ranked: RankedMaps,
+        others: Batch | None,
+        other_ranked: RankedMaps | None,
+        differing: Tensor | None,
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """By (explained class, name): an image whose label is predicted is measured once for both."""
+        raw = _to_numpy(self.protocols[protocol].measure(batch, ranked, batch.predicted))
+        found = {("pred", name): values for name, values in raw.items()} if "pred" in self.explained else {}
+        if "gt" in self.explained:
+            true = {name: values.copy() for name, values in raw.items()}
+            if others is not None:
+                rows = differing.cpu().numpy()
+                for name, values in _to_numpy(self.protocols[protocol].measure(others, other_ranked, others.labels)).items():
+                    true[name][rows] = values
+            found |= {("gt", name): values for name, values in true.items()}
+        return found
+
+    # -- the summary -----------------------------------------------------------------------------------------------------
+
+    def summary(self) -> Results:
+        """Figures of everything that was measured."""
+        raw: dict[tuple[str, str, str], dict[str, list[np.ndarray]]] = {}
+        left_out, seconds, forwarded = [], {}, 0
+        for number in range(self.num_chunks):
+            arrays, notes = self.journal.read(number)
+            left_out += notes["left_out"]
+            forwarded += notes["forwarded"]
+            for name, value in notes["seconds"].items():
+                seconds[name] = seconds.get(name, 0.0) + value
+            for key, values in arrays.items():
+                parts = key.split(BETWEEN)
+                if len(parts) == 4:
+                    raw.setdefault(tuple(parts[:3]), {}).setdefault(parts[3], []).append(values)
+        if not raw:
+            raise InputError(f"source: none of the {len(self.source)} images of {self.source.name!r} could be read")
+        joined: dict[tuple[str, str, str], Raw] = {
+            key: {name: np.concatenate(parts) for name, parts in arrays.items()} for key, arrays in raw.items()
+        }
+        found = summarise(
+            joined, self.protocols, self.explained, labels=self.source.has_labels, resamples=self.resamples, seed=self.seed
+        )
+        count = len(self.source) - len(left_out)
+        return Results(
+            methods={label: row.entry for label, row in self.rows.items()},
+            columns=found.columns,
+            figures=found.figures,
+            curves=found.curves,
+            settings={**self.settings, "bootstrap": self.resamples},
+            environment=self.environment,
+            left_out=tuple(left_out),
+            timing={
+                "seconds": seconds,
+                "images": count,
+                "images_per_second": count / seconds["all"],
+                "changed_images": forwarded,
+                "changed_images_per_second": forwarded / (seconds["all"] - seconds["explaining"]),
+            },
+        )
+
+
+def _build_methods(methods: MethodChoice) -> dict[str, Method]:
+    if isinstance(methods, Mapping | Method):
+        return build_methods(methods, {})
+    texts = [methods] if isinstance(methods, str) else list(methods)
+    labelled = {
+        (item.name if isinstance(item, Method) else item): item if isinstance(item, Method) else method_from_text(item)
+        for item in texts
+    }
+    if len(labelled) < len(texts):
+        raise InputError(f"method: expected each method once, received {', '.join(map(str, texts))}")
+    return build_methods(labelled, {})
+
+
+def _entry(method: Method, kind: str) -> MethodEntry:
+    return MethodEntry(method.title, kind, asdict(method))
+
+
+def _in_dtype(model: nn.Module, dtype: str) -> nn.Module:
+    wanted: torch.dtype = getattr(torch, dtype)
+    return model if next(model.parameters()).dtype == wanted else copy.deepcopy(model).to(wanted)
+
+
+def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _thumbnail(maps: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Maps on the patch grid in half precision, each scaled to a largest magnitude of 1: for pictures and disagreement alone."""
+    maps = maps.float()
+    if maps.shape[-2:] != grid:
+        maps = torch.nn.functional.adaptive_avg_pool2d(maps.unsqueeze(1), grid).squeeze(1)
+    largest = maps.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (maps / largest).half().cpu().numpy()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+__all__ = ["Evaluation", "weights_hash"]
