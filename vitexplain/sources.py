@@ -247,19 +247,23 @@ def _class_indices(content: _Content, classes: LoadedModel | None, name: str) ->
     """Labels as class indices, each within the model's range."""
     if content.labels is None:
         return None
-    if isinstance(content.labels[0], str):
-        table: Mapping[Any, int] | None = _of_names(content.labels, content.names, classes, name)  # type: ignore[arg-type]
-    else:
-        table = None if content.names is None else _of_named_indices(content.names, classes, name)
-    indices = []
+    table = _meanings(content, classes, name)
     for identity, label in zip(content.ids, content.labels, strict=True):
-        if table is not None and label not in table:
-            raise InputError(
-                f"label: expected an index from 0 to {len(table) - 1}, received {label} for {identity!r} in {name!r}"
-            )
-        indices.append(int(label) if table is None else table[label])
+        if label not in table:
+            raise InputError(f"label: expected one of {_some(map(repr, table))}, received {label!r} for {identity!r} in {name!r}")
+    indices = tuple(table[label] for label in content.labels)
     _check_range(indices, content.ids, classes, name)
-    return tuple(indices)
+    return indices
+
+
+def _meanings(content: _Content, classes: LoadedModel | None, name: str) -> Mapping[Any, int]:
+    """The class index that each label stands for."""
+    used = sorted(set(content.labels or ()))  # type: ignore[type-var]
+    if isinstance(used[0], str):
+        return _of_names(used, used if content.names is None else content.names, classes, name)  # type: ignore[arg-type]
+    if content.names is None:
+        return {index: index for index in used}  # type: ignore[misc]
+    return _of_named_indices(content.names, classes, name)
 
 
 def _check_range(indices: Sequence[int], ids: Sequence[str], classes: LoadedModel | None, name: str) -> None:
@@ -270,23 +274,19 @@ def _check_range(indices: Sequence[int], ids: Sequence[str], classes: LoadedMode
             raise InputError(f"label: expected a class index {expected}, received {index} for {identity!r} in {name!r}")
 
 
-def _of_names(
-    labels: Sequence[str], names: Sequence[str] | None, classes: LoadedModel | None, name: str
-) -> Mapping[str, int]:  # fmt: skip
-    """What each name that labels an image stands for."""
-    used = sorted(set(labels))
-    names = used if names is None else names
-    in_order = {text: index for index, text in enumerate(names)}
+def _of_names(used: Sequence[str], names: Sequence[str], classes: LoadedModel | None, name: str) -> Mapping[str, int]:
+    """What each name that labels an image stands for; ``names`` are all that there are, in their order."""
     if all(map(_is_integer, used)):
         return {text: int(text) for text in used}
     if classes is None:
-        return in_order
+        return {text: index for index, text in enumerate(names)}
     found = _found(used, classes)
     if len(found) == len(used):
         return found
     # Where some names are the model's own, the order of all cannot be trusted: ten folders for CIFAR-10, one of them "plane".
-    if not found and len(names) == _num_classes(classes):
-        return in_order
+    complete = next((texts for texts in (names, used) if len(texts) == _num_classes(classes)), None)
+    if not found and complete is not None:
+        return {text: index for index, text in enumerate(complete)}
     raise _unresolved(used, found, classes, name)
 
 
@@ -374,17 +374,13 @@ def _as_labels(values: Sequence[Any] | None, name: str) -> Sequence[int] | Seque
 
 
 def _made_unique(ids: Iterable[str]) -> tuple[str, ...]:
-    ids = list(ids)
-    taken, seen = set(ids), Counter[str]()
-    unique = []
+    unique: dict[str, None] = {}
     for text in ids:
-        seen[text] += 1
-        candidate = text
-        while seen[text] > 1 and candidate in taken:
-            candidate = f"{text} #{seen[text]}"
-            seen[text] += candidate in taken
-        taken.add(candidate)
-        unique.append(candidate)
+        candidate, number = text, 1
+        while candidate in unique:
+            number += 1
+            candidate = f"{text} #{number}"
+        unique[candidate] = None
     return tuple(unique)
 
 
@@ -407,7 +403,7 @@ def _choose(split: str | None, splits: Sequence[str], path: Path) -> str:
     """The split that was asked for, or the only one."""
     if split is None and len(splits) == 1:
         return splits[0]
-    if split not in splits:
+    if split is None or split not in splits:
         received = "none" if split is None else repr(split)
         raise InputError(f"split: expected one of {', '.join(splits)}, which {path.name!r} has; received {received}")
     return split
@@ -519,10 +515,11 @@ def _open_images(path: Path, images: list[str]) -> _Content:
     if loose:
         inside = next(file for file in images if "/" in file)
         raise InputError(
-            f"data: expected images in class folders only, or beside each other only, in {str(path)!r}; received {loose[0]} and {inside}"
+            f"data: expected images in class folders only, or beside each other only, in {str(path)!r}; "
+            f"received {loose[0]} and {inside}"
         )
     labels = [file.partition("/")[0] for file in images]
-    if set(labels) <= _SPLIT_NAMES:
+    if set(labels) <= _SPLIT_NAMES and all(file.count("/") > 1 for file in images):  # "train" is a vehicle, too
         raise InputError(
             f"data: expected class folders in {str(path)!r}, received splits ({_some(sorted(set(labels)))}); name one of them, "
             f"as {str(path / labels[0])!r}"
@@ -687,7 +684,8 @@ def _open_hub(path: Path, tables: list[str], split: str | None) -> _Content:
     folders = sorted({os.path.dirname(table) for table in splits[split]})
     if len(folders) > 1:
         raise InputError(
-            f"data: expected one dataset in {str(path)!r}, received several configurations ({_some(folders)}); name the folder of one"
+            f"data: expected one dataset in {str(path)!r}, received several configurations ({_some(folders)}); "
+            "name the folder of one"
         )
     files = tuple(path / table for table in splits[split])
     with _loading(path) as library:
@@ -726,7 +724,7 @@ def _loading(path: Path) -> Iterator[Any]:
 
 def _of_rows(rows: datasets.Dataset, path: Path, split: str | None, files: tuple[Path, ...] | None) -> _Content:
     photo, mask = _image_columns(rows.features, path)
-    label = next((column for column in _label_columns(rows.features)), None)
+    label = _label_column(rows.features)
     with _loading(path) as library:
         rows = rows.with_format(None)
         values = None if label is None else list(rows.select_columns([label])[:][label])
@@ -738,8 +736,8 @@ def _of_rows(rows: datasets.Dataset, path: Path, split: str | None, files: tuple
         files = tuple(Path(entry["filename"]) for entry in rows.cache_files)
     if values is not None and all(value in (None, -1) for value in values):  # how test splits say that they have none
         values = None
-    labels = _as_labels(values and _whole_column(values, str(label), path.name), path.name)
-    names = getattr(rows.features[label], "names", None) if label else None
+    labels = None if values is None else _as_labels(_whole_column(values, "label", path.name), path.name)
+    names = None if label is None else getattr(rows.features[label], "names", None)
     return _Content("huggingface", _numbers(len(rows)), labels, names, _Rows(images, photo, mask, files), split)
 
 
@@ -760,14 +758,14 @@ def _holds_images(feature: Any) -> bool:
     """Images, or what they are in plain parquet: their bytes, alone or with a path."""
     if isinstance(feature, Mapping):
         return "bytes" in feature
-    return type(feature).__name__ == "Image" or _kind(feature) in ("binary", "large_binary")
+    return _kind(feature) in ("PIL.Image.Image", "binary", "large_binary")
 
 
-def _label_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns that can be the label, the likeliest first."""
+def _label_column(features: Mapping[str, Any]) -> str | None:
+    """A column that is named as labels are, else the only one of classes."""
     named = [column for column in _LABEL_COLUMNS if column in features and _is_label(features[column])]
     classes = [column for column, feature in features.items() if hasattr(feature, "int2str")]
-    return named or (classes if len(classes) == 1 else [])
+    return named[0] if named else classes[0] if len(classes) == 1 else None
 
 
 def _is_label(feature: Any) -> bool:
@@ -859,7 +857,7 @@ def _prefix(keys: Sequence[str], split: str | None, path: Path) -> str:
     if "jpeg" in keys or "images" in keys:
         _refuse_split(split, path)
         return ""
-    splits = [key.rpartition("_")[0] for key in keys if re.fullmatch(r".+_(jpeg|images)", key)]
+    splits = list(dict.fromkeys(key.rpartition("_")[0] for key in keys if re.fullmatch(r".+_(jpeg|images)", key)))
     if not splits:
         raise InputError(
             f"data: expected jpeg and offsets, SPLIT_jpeg and SPLIT_offsets, or images in {path.name!r}, "
@@ -909,7 +907,10 @@ def _npz_ids(arrays: Mapping[str, np.ndarray], count: int, path: Path) -> tuple[
 
 
 def _npz_labels(arrays: Mapping[str, np.ndarray], count: int, path: Path) -> Sequence[int] | Sequence[str] | None:
-    return None if "labels" not in arrays else _one_each(arrays["labels"], "labels", "iuU", count, path)
+    if "labels" not in arrays:
+        return None
+    values = _one_each(arrays["labels"], "labels", "iuU", count, path)
+    return _as_labels(_whole_column(values, "label", path.name), path.name)
 
 
 def _one_each(array: np.ndarray, key: str, kinds: str, count: int, path: Path) -> list[Any]:

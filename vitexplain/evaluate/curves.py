@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -28,6 +29,7 @@ CONTROL_DASHES: tuple[tuple[float, ...], ...] = ((4, 2.5), (1, 2), (4, 1.5, 1, 1
 _INK, _FAINT, _RULE = "#1a1a1a", "#666666", "#e3e3e3"
 _PLOT = (5.6, 4.2)  # these lengths are in inches
 _MARGIN = (0.75, 0.6, 0.25, 0.75)  # left, bottom, right, top
+_LONGEST_NAME = 60
 _LEGEND_LINE = 0.205
 _LEGEND_CHARACTER = 0.078
 
@@ -74,7 +76,7 @@ def save_curves(results: Results, folder: str | Path) -> list[Path]:
 
 def draw(group: CurveGroup, titles: dict[str, str], looks: dict[str, Stroke]) -> Figure:
     """A group of curves with their intervals, the legend on the right; a figure that belongs to no global state."""
-    shown = [titles[curve.method] for curve in group.curves]
+    shown = [textwrap.shorten(titles[curve.method], _LONGEST_NAME, placeholder=" …") for curve in group.curves]
     legend_width = 0.75 + _LEGEND_CHARACTER * max(map(len, shown))
     left, bottom, right, top = _MARGIN
     height = max(_PLOT[1], _LEGEND_LINE * len(shown)) + bottom + top

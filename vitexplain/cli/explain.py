@@ -1,53 +1,27 @@
-"""The command line: ``vitexplain explain``, ``vitexplain list``, ``vitexplain demo``.
-
-Heavy imports wait until a command runs, so that ``--help`` answers at once.
-"""
+"""``vitexplain explain``, ``vitexplain list``, ``vitexplain demo``."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .app import DTYPES, Failure, app, complain, guarded, prepare_hub, progress
+
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .explanation import Explanation
-    from .loading import LoadedModel
-
-app = typer.Typer(
-    name="vitexplain",
-    help="Explain Vision Transformers: see where a model looked, at the price of fused attention.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+    from ..explanation import Explanation
+    from ..loading import LoadedModel
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 ARRAYS = ".npz"
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _Failure(Exception):
-    """A one-line message for the person at the terminal."""
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
-    if version:
-        from . import __version__
-
-        typer.echo(f"vitexplain {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -84,13 +58,13 @@ def explain(
     A photo that cannot be read is reported and does not stop the others. Exit code 0: all explained; 1: an error, in one line.
     """
     settings = {"method": method, "option": option, "target": target, "backend": backend}
-    _guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, device, dtype, **settings))
+    guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, device, dtype, **settings))
 
 
 @app.command("list")
 def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the methods: paper, cost, options."""
-    from .methods import list_methods as listed
+    from ..methods import list_methods as listed
 
     if as_json:
         typer.echo(json.dumps([asdict(info) for info in listed()], indent=2))
@@ -117,56 +91,15 @@ def demo(output: Annotated[Path, typer.Option(help="The picture to write.")] = P
         try:
             from skimage import data
         except ImportError as error:
-            raise _Failure("the demo's photo comes with scikit-image: pip install 'vitexplain[demo]'") from error
+            raise Failure("the demo's photo comes with scikit-image: pip install 'vitexplain[demo]'") from error
         from PIL import Image
 
         _explain_one("scikit-image's cat", Image.fromarray(data.chelsea()), output)
 
-    _guarded(run)
+    guarded(run)
 
 
-def main() -> None:
-    """Entry point."""
-    app()
-
-
-# -- what the commands share -----------------------------------------------------------------------------------------
-
-
-def _guarded(work: Any) -> None:
-    """Run; known errors become one line on standard error and exit code 1."""
-    from .errors import ExplanationError
-
-    try:
-        work()
-    except typer.Exit:  # a RuntimeError to Python
-        raise
-    except (_Failure, ExplanationError) as error:
-        _complain(str(error))
-        raise typer.Exit(1) from error
-    except RuntimeError as error:
-        message = str(error).strip().splitlines()[0]
-        if "memory" not in message:  # a defect of ours: let it be seen whole
-            raise
-        _complain(f"{message} (a smaller --batch needs less)")
-        raise typer.Exit(1) from error
-    except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
-        raise typer.Exit(1) from None
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
-
-
-def _fail_fast_offline() -> None:
-    """Where the model hub's name does not resolve, use its cache alone instead of retrying for a minute."""
-    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "hf_hub_offline") for name in os.environ):
-        return
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+# -- explaining ------------------------------------------------------------------------------------------------------
 
 
 def _explain(
@@ -182,19 +115,18 @@ def _explain(
     **settings: Any,
 ) -> None:
     if dtype not in DTYPES:
-        raise _Failure(f"dtype: expected one of {', '.join(DTYPES)}, received {dtype!r}")
-    if model_name != "demo" and weights is None:
-        _fail_fast_offline()  # before the hub's client is imported
+        raise Failure(f"dtype: expected one of {', '.join(DTYPES)}, received {dtype!r}")
+    prepare_hub(model_name, weights)
     import torch
 
-    from .loading import load_model
+    from ..loading import load_model
 
     many = len(paths) > 1
     _check_output(output, many)
     session = _Session(load_model(model_name, weights, device, dtype=getattr(torch, dtype)), **settings)
     destinations = _destinations(paths, output)
     records, failed = [], 0
-    with _progress(len(paths), enabled=many and not as_json) as advance:
+    with progress("explaining", len(paths), enabled=many and not as_json) as advance:
         for start in range(0, len(paths), batch):
             group = list(zip(paths, destinations, strict=True))[start : start + batch]
             done = _explain_group(session, group, top)
@@ -207,20 +139,20 @@ def _explain(
         for record in records:
             _print_record(record)
     if failed:
-        raise _Failure(f"{failed} of {len(paths)} photos could not be explained") if many else typer.Exit(1)
+        raise Failure(f"{failed} of {len(paths)} photos could not be explained") if many else typer.Exit(1)
 
 
 def _explain_group(session: _Session, group: list[tuple[Path, Path]], top: int) -> list[dict[str, Any]]:
     """Explain what can be read of a batch; report the rest."""
-    from .errors import InputError
-    from .loading import load_photo
+    from ..errors import InputError
+    from ..loading import load_photo
 
     readable = []
     for path, destination in group:
         try:
             readable.append((path, load_photo(path), destination))
         except InputError as error:
-            _complain(str(error))
+            complain(str(error))
     if not readable:
         return []
     explanations = session.attribute([photo for _, photo, _ in readable])
@@ -229,12 +161,12 @@ def _explain_group(session: _Session, group: list[tuple[Path, Path]], top: int) 
         try:
             records.append(session.record(explanations, i, str(path), photo, destination, top))
         except InputError as error:  # it cannot be written
-            _complain(str(error))
+            complain(str(error))
     return records
 
 
 def _explain_one(name: str, photo: Image.Image, output: Path) -> None:
-    from .loading import DEMO, load_model
+    from ..loading import DEMO, load_model
 
     _check_output(output, many=False)
     session = _Session(load_model(DEMO), method=["all"])
@@ -252,8 +184,8 @@ class _Session:
         target: list[str] | None = None,
         backend: str = "auto",
     ) -> None:
-        from .explainer import Explainer
-        from .methods import own_methods
+        from ..explainer import Explainer
+        from ..methods import own_methods
 
         names = own_methods() if method and "all" in method else method or ["tokentm"]
         self.loaded = loaded
@@ -297,7 +229,7 @@ class _Session:
                 e.save(destination if single else destination.with_stem(f"{destination.stem}_{name}"))
                 for name, e in explanations.items()
             ]
-        from .visualize import save_panel
+        from ..visualize import save_panel
 
         maps = {}
         for name, explanation in explanations.items():
@@ -313,8 +245,8 @@ class _Session:
 
 def _parse_options(pairs: list[str], methods: list[str]) -> dict[str, Any]:
     """``NAME=VALUE`` pairs, each value in the type that the named methods' options have."""
-    from .methods import build_methods
-    from .options import parse_value, split_pair
+    from ..methods import build_methods
+    from ..options import parse_value, split_pair
 
     kinds = [type(method) for method in build_methods(methods, {}).values()]
     return {name: parse_value(name, text, kinds) for name, text in map(split_pair, pairs)}
@@ -325,20 +257,18 @@ def _check_output(output: Path | None, many: bool) -> None:
     if many:
         folder = output or Path()
         if output is not None and output.suffix.lower() in (*PICTURES, ARRAYS):
-            raise _Failure(f"output: expected a folder for several photos, received {str(output)!r}")
+            raise Failure(f"output: expected a folder for several photos, received {str(output)!r}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+            raise Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
         return
     if output is None or output.is_dir():
         return
     if output.suffix.lower() not in (*PICTURES, ARRAYS):
-        raise _Failure(
-            f"output: expected a file ending in {', '.join((*PICTURES, ARRAYS))} or a folder, received {str(output)!r}"
-        )
+        raise Failure(f"output: expected a file ending in {', '.join((*PICTURES, ARRAYS))} or a folder, received {str(output)!r}")
     if not output.parent.is_dir():
-        raise _Failure(f"output: expected a file in an existing folder, received {str(output)!r}")
+        raise Failure(f"output: expected a file in an existing folder, received {str(output)!r}")
 
 
 def _destinations(paths: list[Path], output: Path | None) -> list[Path]:
@@ -373,27 +303,3 @@ def _print_record(record: dict[str, Any]) -> None:
         console.print(f"explained: {', '.join(others)}")
     for path in record["output"]:
         typer.echo(f"heat maps: {path}")
-
-
-class _progress:
-    """A progress bar on standard error; calls nothing where it is not enabled."""
-
-    def __init__(self, total: int, *, enabled: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
-        self.total = total
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        task = self.bar.add_task("explaining", total=self.total)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-
-if __name__ == "__main__":
-    main()

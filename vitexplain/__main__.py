@@ -1,0 +1,5 @@
+"""``python -m vitexplain``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The command line's application, and what its commands share: one-line errors, progress.
+
+Heavy imports wait until a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="vitexplain",
+    help="Explain Vision Transformers: see where a model looked, at the price of fused attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Failure(Exception):
+    """A one-line message for the person at the terminal."""
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False) -> None:
+    if version:
+        from .. import __version__
+
+        typer.echo(f"vitexplain {__version__}")
+        raise typer.Exit
+
+
+def guarded(work: Any) -> None:
+    """Run; known errors become one line on standard error and exit code 1."""
+    from ..errors import ExplanationError
+
+    try:
+        work()
+    except typer.Exit:  # a RuntimeError to Python
+        raise
+    except (Failure, ExplanationError) as error:
+        complain(str(error))
+        raise typer.Exit(1) from error
+    except RuntimeError as error:
+        message = str(error).strip().splitlines()[0]
+        if "memory" not in message:  # a defect of ours: let it be seen whole
+            raise
+        complain(f"{message} (a smaller --batch needs less)")
+        raise typer.Exit(1) from error
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+
+
+def complain(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+
+
+def prepare_hub(model: str, weights: Path | None) -> None:
+    """Where weights must be downloaded and the hub's name does not resolve, use its cache alone instead of retrying for a minute.
+
+    Called before the hub's client is imported.
+    """
+    if model == "demo" or weights is not None:
+        return
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "hf_hub_offline") for name in os.environ):
+        return
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+class progress:
+    """A progress bar on standard error; calls nothing where it is not enabled."""
+
+    def __init__(self, what: str, total: int, *, enabled: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
+        self.total = total
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        task = self.bar.add_task("images", total=self.total)
+        return lambda count: self.bar.advance(task, count)
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()

@@ -1,0 +1,158 @@
+"""``vitexplain evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .app import Failure, app, guarded, prepare_hub, progress
+
+if TYPE_CHECKING:
+    from ..evaluate import Results
+
+_DEFAULT_PROTOCOL = "perturbation"
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Images: a folder of class folders, a CSV or Parquet table (path, label, mask), a Hugging Face dataset folder, "
+            "or an .npz.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder for results; an interrupted evaluation there goes on where it was.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
+    weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's. Default: tokentm."),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol",
+            "-p",
+            help="perturbation, insertion_deletion, average_drop, localisation, saco, ablation, quantus; as NAME or "
+            "NAME:OPTION=VALUE,…; repeat; see 'vitexplain protocols'. Default: perturbation.",
+        ),
+    ] = None,
+    explain: Annotated[
+        list[str] | None,
+        typer.Option(help="Class explained: pred (predicted) or gt (the label); repeat for both. Default: pred."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data, where there are several.")] = None,
+    images: Annotated[str | None, typer.Option(help="Which images, START:STOP:STEP, as :100 or ::2.")] = None,
+    resize: Annotated[
+        str, typer.Option(help="model (its own preprocessing), squash (the whole photo), or auto: squash where masks are read.")
+    ] = "auto",
+    controls: Annotated[
+        bool, typer.Option(help="Measure a random map, a centre prior and the first method's negated map beside the methods.")
+    ] = True,
+    batch: Annotated[int, typer.Option(help="Images explained at once.", min=1)] = 8,
+    forward_batch: Annotated[
+        int | None, typer.Option(help="Changed images in one forward. Default: 64 on a CPU, 512 on a GPU.", min=1)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the forwards on changed images: float32, bfloat16 or float16.")] = "float32",
+    explain_dtype: Annotated[str, typer.Option(help="Of the explanations: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of ties, random maps and the bootstrap.")] = 0,
+    bootstrap: Annotated[int, typer.Option(help="Resamples of the images for the intervals.", min=1)] = 2000,
+    gallery: Annotated[int, typer.Option(help="Photos in the report, those the methods disagree on most first.", min=0)] = 12,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever stands in the folder.")] = False,
+) -> None:
+    """Measure how faithful methods are to a model: tables with intervals, curves and a report as one page.
+
+    Writes results.json, results.md, report.html, curves/ and per_image/ into the output folder.
+    """
+    settings = {
+        "explained": explain or ["pred"],
+        "resize": resize,
+        "controls": controls,
+        "batch": batch,
+        "forward_batch": forward_batch,
+        "dtype": dtype,
+        "explain_dtype": explain_dtype,
+        "seed": seed,
+        "resamples": bootstrap,
+        "gallery": gallery,
+        "backend": backend,
+        "overwrite": overwrite,
+    }
+    where = {"path": data, "split": split, "images": images}
+    guarded(lambda: _evaluate(model, weights, device, where, method, protocol, output, settings))
+
+
+@app.command("protocols")
+def list_protocols() -> None:
+    """List the protocols of evaluate: source, options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..evaluate import PROTOCOLS
+
+    table = Table(show_lines=True, title="Protocols")
+    for column in ("name", "source", "options"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for kind in PROTOCOLS.values():
+        options = "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in kind.options()) or "–"
+        table.add_row(f"[bold]{kind.name}[/bold]", f"{kind.title}\n{kind.source}", options)
+    Console().print(table)
+
+
+def _evaluate(
+    model: str,
+    weights: Path | None,
+    device: str,
+    where: dict[str, Any],
+    methods: list[str] | None,
+    protocols: list[str] | None,
+    output: Path,
+    settings: dict[str, Any],
+) -> None:
+    if output.exists() and not output.is_dir():
+        raise Failure(f"output: expected a folder, received the file {str(output)!r}")
+    prepare_hub(model, weights)
+    from ..evaluate import evaluate as run
+    from ..loading import load_model
+    from ..methods import own_methods
+    from ..sources import open_source
+
+    names = own_methods() if methods and "all" in methods else methods or ["tokentm"]
+    loaded = load_model(model, weights, device)
+    source = open_source(where["path"], split=where["split"], images=where["images"], classes=loaded)
+    with progress("evaluating", len(source)) as advance:
+        done = 0
+
+        def report(now: int, total: int) -> None:  # noqa: ARG001
+            nonlocal done
+            advance(now - done)
+            done = now
+
+        try:
+            results = run(loaded, source, names, protocols or [_DEFAULT_PROTOCOL], output, progress=report, **settings)
+        except KeyboardInterrupt:
+            raise Failure(f"interrupted after {done} of {len(source)} images; the same command goes on from there") from None
+    _print(results, output)
+
+
+def _print(results: Results, output: Path) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from ..evaluate.tables import table
+
+    console = Console()
+    for protocol in dict.fromkeys(column.protocol for column in results.columns):
+        console.print(Markdown(f"### {protocol}\n\n" + table(results, protocol)))
+    for left in results.left_out:
+        typer.echo(f"left out: {left['id']}: {left['reason']}", err=True)
+    for name in ("results.json", "results.md", "report.html"):
+        typer.echo(f"{output / name}")
