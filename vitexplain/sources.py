@@ -301,7 +301,9 @@ def _of_named_indices(names: Sequence[str], classes: LoadedModel | None, name: s
     one_each = len(set(found.values())) == len(names)
     if one_each or (len(found) == len(set(names)) and len(names) != _num_classes(classes)):
         return {index: found[text] for index, text in enumerate(names)}
-    if not found or len(names) == _num_classes(classes):
+    # ImageNet's own names hold some of several classes ("crane"); but most of those known must be in the model's order.
+    in_place = sum(found.get(text) == index for index, text in enumerate(names))
+    if not found or (len(names) == _num_classes(classes) and 2 * in_place > len(found)):
         return as_they_are
     raise _unresolved(names, found, classes, name)
 
@@ -435,7 +437,6 @@ class _Files:
         photo = load_photo(self.photos[position])
         if self.masks is None:
             return photo, None
-        check_file(self.masks[position], "mask")
         return photo, _decode_mask(self.masks[position], repr(str(self.masks[position])))
 
     def missing(self, positions: Iterable[int]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..heatmap import min_max, upsample
+from ..kernels.dispatch import accumulation_dtype
 
 SUBSTRATES = ("black", "zeros", "blur", "mean")
 BLUR_KERNEL, BLUR_SIGMA = 11, 5.0
@@ -40,7 +41,7 @@ class Classifier:
 
     @torch.inference_mode()
     def log_probabilities(self, images: Tensor) -> Tensor:
-        """(n, classes) float32 for normalised images (n, 3, h, w)."""
+        """(n, classes), at least float32, for normalised images (n, 3, h, w)."""
         return torch.cat([self._forward(chunk) for chunk in images.split(self.forward_batch)])
 
     @torch.inference_mode()
@@ -54,7 +55,7 @@ class Classifier:
             jobs: (m, 3) int64 on the CPU: an image of the batch, and the first rank that is replaced and the one behind the last.
 
         Returns:
-            (m, classes) float32.
+            (m, classes), at least float32.
         """
         height, width = images.shape[-2:]
         images, substrate = images.to(self.dtype), substrate.to(self.dtype).expand_as(images)
@@ -68,7 +69,8 @@ class Classifier:
 
     def _forward(self, images: Tensor) -> Tensor:
         self.num_forwarded += len(images)
-        return self.model(images.to(self.dtype)).float().log_softmax(-1)
+        logits = self.model(images.to(self.dtype))
+        return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Batch:
         ids: of the images, in their source.
         labels: (B,) int64, or None where the source has none.
         masks: (B, h, w) bool, or None.
-        clean: (B, classes) float32, log-probabilities of the images as they are.
+        clean: (B, classes), log-probabilities of the images as they are.
         classifier: what is asked about changed images.
         seed: of the random order of ties and of random maps, together with each image's id.
     """
@@ -145,7 +147,7 @@ class Batch:
         return self.images.mean((-2, -1), keepdim=True)
 
     def _blur(self) -> Tensor:
-        offsets = torch.arange(BLUR_KERNEL, dtype=torch.float32, device=self.images.device) - BLUR_KERNEL // 2
+        offsets = torch.arange(BLUR_KERNEL, dtype=self.images.dtype, device=self.images.device) - BLUR_KERNEL // 2
         weights = torch.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
         weights = (weights / weights.sum()).expand(3, 1, 1, -1)
         padded = F.pad(self.images, [BLUR_KERNEL // 2] * 4, mode="reflect")
@@ -161,7 +163,7 @@ class Batch:
             substrate: name of what takes the pixels' place.
 
         Returns:
-            (B, S, classes) float32.
+            (B, S, classes), as ``clean``.
         """
         size = len(self.images)
         length = spans[:, 1] - spans[:, 0]
@@ -191,7 +193,7 @@ class RankedMaps:
     """One method's maps of a batch at pixel resolution, ranked once for all protocols.
 
     Attributes:
-        pixels: (B, h, w) float32.
+        pixels: (B, h, w), at least float32.
         ranks: (B, h·w) int32, 0 for the most important pixel.
     """
 
@@ -209,7 +211,7 @@ class RankedMaps:
         if not bool(finite.all()):
             name = batch.ids[int((~finite).nonzero()[0])]
             raise InputError(f"map of {label!r} for image {name!r}: expected finite values, received NaN or infinity")
-        pixels = upsample(maps.float(), tuple(batch.images.shape[-2:]))
+        pixels = upsample(maps.to(accumulation_dtype(maps.dtype)), tuple(batch.images.shape[-2:]))
         shuffled = pixels.flatten(1).gather(1, batch.tie_order)
         order = batch.tie_order.gather(1, shuffled.argsort(dim=1, descending=True, stable=True))
         positions = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)

@@ -11,7 +11,6 @@ from .results import GalleryPhoto
 from .runner import BETWEEN, Evaluation
 
 
-
 def disagreement(maps: Mapping[str, np.ndarray]) -> float:
     """Mean over pairs of maps (gh, gw) of 1 − Spearman's rank correlation; a constant map correlates with nothing. 0 for one map."""
     ranks = [_standard_ranks(values) for values in maps.values()]
@@ -53,9 +52,7 @@ def _short(evaluation: Evaluation, index: int) -> str:
     return evaluation.model.class_name(index).partition(",")[0]
 
 
-def _photo(
-    evaluation: Evaluation, value: float, name: str, maps: dict[str, np.ndarray], caption: str
-) -> GalleryPhoto:
+def _photo(evaluation: Evaluation, value: float, name: str, maps: dict[str, np.ndarray], caption: str) -> GalleryPhoto:
     sample = evaluation.source.sample(evaluation.source.ids.index(name))
     seen = evaluation.preprocess.seen(sample.photo).permute(1, 2, 0).numpy()
     signed = frozenset(label for label, values in maps.items() if (values < 0).any())

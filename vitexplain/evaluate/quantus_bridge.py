@@ -37,6 +37,8 @@ _REFUSED_WEIGHTED = {
 _COMPARE_IMAGES = ("Sufficiency", "Consistency")
 # They count one feature a map's value where the image has one a channel: their maps are handed over with all channels.
 _COUNT_CHANNELS = ("Completeness", "ROAD")
+# They mix the images of a batch: the one averages over them, the other draws its baseline and its area from all.
+_ONE_BY_ONE = ("ROAD", "IROF")
 # Normalises distances between maps by the same function, along axes that a map does not have.
 _NORMALISES_ITS_OWN_WAY = ("Sufficiency",)
 
@@ -150,9 +152,10 @@ def quantus_scores(
     """One number an image by a metric of Quantus's, of maps that exist already.
 
     Quantus works on copies of the model and of the metric: both, and the global random states, are afterwards as before. Images
-    and outputs pass through it in float32, whatever the model's dtype. Slips of Quantus 0.6 are mended on the way: ROAD, which
-    would index beyond a channel, removes pixels; Smooth MPRT, which would explain by a gradient, does so by ``explain_func``;
-    InputInvariance, which would leave one value as it is, shifts all; an empty mask gives NaN and not a hit of the Pointing Game.
+    and outputs pass through it in float32, whatever the model's dtype. Slips of Quantus 0.6 are mended on the way: ROAD and IROF,
+    which fail on images in colour, remove pixels in all channels; Smooth MPRT, which would explain by a gradient, does so by
+    ``explain_func``; InputInvariance, which would leave one value as it is, shifts all; an empty mask gives NaN and not a hit of
+    the Pointing Game.
 
     Args:
         metric: a name, or what ``build_metric`` or Quantus built; an aggregate over images is not asked of it.
@@ -169,8 +172,8 @@ def quantus_scores(
     Returns:
         (B,) float64. A curve becomes its area as the metric defines it (Pixel-Flipping, Region Segmentation, Selectivity); scores
         by layer (MPRT, Smooth MPRT) their mean, the untouched model's among them, as ``return_average_correlation`` has it, or
-        with ``skip_layers`` the last; what else comes as a list (ROAD's percentages) its mean. True is 1. NaN where the metric has
-        no answer, as for an empty mask.
+        with ``skip_layers`` the last; what else comes as a list (ROAD's percentages) its mean. True is 1. NaN where the metric
+        has no answer, as for an empty mask.
 
     Raises:
         UnknownNameError: no metric has that name.
@@ -191,15 +194,16 @@ def quantus_scores(
         warnings.filterwarnings("ignore", module=r"quantus\.")
         try:
             handed = _hand_over(metric, model, images)
-            call = {
-                "model": handed,
+            arrays = {
                 "x_batch": _array(images, np.float32),
                 "y_batch": _array(targets, np.int64),
                 "a_batch": _array(maps, np.float32),
                 "s_batch": None if masks is None else _array(masks, bool),
             }
-            call = {"device": str(handed.device), "channel_first": True, "explain_func": explain, "batch_size": batch_size} | call
-            scores = _road(metric, call) if name == "ROAD" else _numbers(metric, metric(**call))
+            call = functools.partial(
+                metric, handed, channel_first=True, explain_func=explain, device=str(handed.device), batch_size=batch_size
+            )
+            scores = _one_by_one(metric, call, arrays) if name in _ONE_BY_ONE else _numbers(metric, call(**arrays))
         except (ExplanationError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # Quantus refuses by assertions, and falls over what it does not refuse
@@ -254,14 +258,14 @@ def _check_arrays(
 def _array(tensor: Tensor, dtype: Any) -> np.ndarray:
     """A copy of its own: some metrics write into what they are given."""
     tensor = tensor.detach().cpu()
-    return np.array(tensor.float() if tensor.is_floating_point() else tensor, dtype=dtype)
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy().astype(dtype)  # astype copies
 
 
 def _numbers(metric: Any, result: Any) -> np.ndarray:
     """What a metric returned for B images as (B,) float64."""
-    if isinstance(result, dict):  # by layer
-        by_layer = np.array(list(result.values()), np.float64)
-        return by_layer[-1] if metric.skip_layers else by_layer.mean(0)
+    if isinstance(result, dict):  # by layer, or by percentage of one image
+        by_key = np.array(list(result.values()), np.float64)
+        return by_key[-1] if getattr(metric, "skip_layers", False) else by_key.mean(0, keepdims=by_key.ndim == 1)
     scores = np.asarray(result, np.float64)
     if scores.ndim == 2 and hasattr(type(metric), "get_auc_score"):
         return np.array([_area(metric, curve) for curve in scores])
@@ -273,23 +277,12 @@ def _area(metric: Any, curve: np.ndarray) -> float:
     return float(metric.get_auc_score)
 
 
-def _road(metric: Any, call: dict[str, Any]) -> np.ndarray:
-    """ROAD averages over the images it is given: they are given one by one."""
-    impute = metric.perturb_func
-
-    def impute_pixels(arr: np.ndarray, indices: np.ndarray, **keywords: Any) -> np.ndarray:
-        # The metric ranks every channel's values; the imputation takes pixels, and replaces all channels.
-        return impute(arr=arr, indices=np.unique(indices % arr[0].size), **keywords)
-
+def _one_by_one(metric: Any, call: Callable[..., Any], arrays: dict[str, np.ndarray | None]) -> np.ndarray:
     scores = []
-    for row in range(len(call["x_batch"])):
-        one = copy.deepcopy(metric)
-        one.perturb_func = impute_pixels
-        by_percentage = one(
-            **{key: value[row : row + 1] if isinstance(value, np.ndarray) else value for key, value in call.items()}
-        )
-        scores.append(np.mean(list(by_percentage.values())))
-    return np.array(scores, np.float64)
+    for row in range(len(arrays["x_batch"])):
+        one = {key: None if array is None else array[row : row + 1] for key, array in arrays.items()}
+        scores.append(_numbers(metric, call(**one)))
+    return np.concatenate(scores)
 
 
 # -- what Quantus gets ---------------------------------------------------------------------------------------------------
@@ -322,7 +315,7 @@ class _HandedOver(nn.Module):
 
 
 def _hand_over(metric: Any, model: nn.Module, images: Tensor) -> _HandedOver:
-    """A copy of the model in evaluation mode, and the metric fitted to it."""
+    """A copy of the model in evaluation mode, and the metric fitted to it and to images in colour."""
     handed = _HandedOver(copy.deepcopy(unwrap(model)).eval()).eval()
     name = type(metric).__name__
     if name == "RandomLogit":
@@ -336,8 +329,30 @@ def _hand_over(metric: Any, model: nn.Module, images: Tensor) -> _HandedOver:
             kind = type(unwrap(model)).__name__
             raise InputError(f"{name}: expected a model that begins with a convolution with a bias, received {kind}")
         handed.__dict__["_modules"] = {"first_layer": first, **handed._modules}
-        metric.perturb_func = functools.partial(_shifted, **metric.perturb_func.keywords)
+    if name in _MENDED_PERTURBATIONS:
+        perturb = metric.perturb_func
+        metric.perturb_func = functools.partial(_MENDED_PERTURBATIONS[name], perturb.func, **perturb.keywords)
     return handed
+
+
+def _impute_pixels(impute: Callable[..., np.ndarray], arr: np.ndarray, indices: np.ndarray, **keywords: Any) -> np.ndarray:
+    """ROAD ranks every channel's values, its imputation takes pixels and replaces all their channels."""
+    return impute(arr=arr, indices=np.unique(indices % arr[0].size), **keywords)
+
+
+def _replace_in_all_channels(
+    replace: Callable[..., np.ndarray], arr: np.ndarray, mask: np.ndarray, **keywords: Any
+) -> np.ndarray:
+    """IROF gives a mask of one channel to a replacement that expects the image's."""
+    return replace(arr=arr, mask=np.broadcast_to(mask, arr.shape), **keywords)
+
+
+def _shift_all(shift: Callable[..., np.ndarray], arr: np.ndarray, **keywords: Any) -> np.ndarray:
+    """InputInvariance names the indices of all values but the first."""
+    return shift(arr=arr, **{**keywords, "indices": np.arange(arr.size)})
+
+
+_MENDED_PERTURBATIONS = {"ROAD": _impute_pixels, "IROF": _replace_in_all_channels, "InputInvariance": _shift_all}
 
 
 def _explaining(name: str, explain_func: ExplainFunction | None) -> ExplainFunction:
@@ -350,11 +365,6 @@ def _explaining(name: str, explain_func: ExplainFunction | None) -> ExplainFunct
         return explain_func(model=inside, inputs=inputs, targets=targets, **keywords)
 
     return explain
-
-
-def _shifted(arr: np.ndarray, input_shift: float, **_: Any) -> np.ndarray:
-    """All values moved; Quantus names the indices of all but the first."""
-    return arr + input_shift
 
 
 @contextmanager

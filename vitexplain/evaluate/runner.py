@@ -125,7 +125,11 @@ class Evaluation:
     # -- checks and settings -------------------------------------------------------------------------------------------
 
     def _check(self, resize: str, dtype: str, explain_dtype: str) -> None:
-        for name, value, known in (("resize", resize, RESIZE), ("dtype", dtype, DTYPES), ("explain_dtype", explain_dtype, DTYPES)):
+        for name, value, known in (
+            ("resize", resize, RESIZE),
+            ("dtype", dtype, DTYPES),
+            ("explain_dtype", explain_dtype, DTYPES),
+        ):
             if value not in known:
                 raise InputError(f"{name}: expected one of {', '.join(known)}, received {value!r}")
         for value in self.explained:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...heatmap import min_max
 from ...options import option
 from ..batch import Batch, RankedMaps
 from .base import Metric, Protocol, Raw
@@ -17,12 +18,12 @@ from .base import Metric, Protocol, Raw
 
 @dataclass(frozen=True, kw_only=True)
 class Localisation(Protocol):
-    """The map as a segmentation of the foreground, against masks.
+    """The map R, min–max scaled, as a segmentation of the foreground, against masks.
 
-    Foreground is where the min–max-scaled map exceeds its threshold. Pixel accuracy: over all pixels of the data set. mIoU: mean over
-    background and foreground of Σ intersection / Σ union over the data set. mAP: mean over images of the average precision of
-    the scores [1 − R, R] against the one-hot mask. AUROC: mean over images of the pixels' area under the ROC curve; images whose mask
-    is all of one kind have none and count as 50 %.
+    Foreground is where it exceeds its threshold. Pixel accuracy: over all pixels of the data set. mIoU: mean over background and
+    foreground of Σ intersection / Σ union over the data set. mAP: mean over images of the average precision of the scores
+    [1 − R, R] against the one-hot mask. AUROC: mean over images of the pixels' area under the ROC curve; images whose mask is all
+    of one kind have none and count as 50 %.
     """
 
     name: ClassVar[str] = "localisation"
@@ -33,7 +34,7 @@ class Localisation(Protocol):
     threshold: str = option("mean", "of the map's foreground: its own mean, or a half", choices=("mean", "half"))
 
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        scaled, masks = maps.scaled, batch.masks
+        scaled, masks = min_max(maps.pixels.double()), batch.masks  # in less, values of different pixels fall together
         level = scaled.mean((1, 2), keepdim=True) if self.threshold == "mean" else 0.5
         found = scaled > level
         both, neither = (found & masks).sum((1, 2)), (~found & ~masks).sum((1, 2))
@@ -61,7 +62,7 @@ def _ranking(scaled: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise InputError("localisation needs scikit-learn: pip install 'vitexplain[evaluate]'") from error
     precision, auroc = [], []
-    for scores, truth in zip(scaled.flatten(1).cpu().double().numpy(), masks.flatten(1).cpu().numpy(), strict=True):
+    for scores, truth in zip(scaled.flatten(1).cpu().numpy(), masks.flatten(1).cpu().numpy(), strict=True):
         precision.append(average_precision_score(np.concatenate([~truth, truth]), np.concatenate([1 - scores, scores])))
         auroc.append(roc_auc_score(truth, scores) if truth.any() and not truth.all() else 0.5)
     return torch.tensor(precision, dtype=torch.float64), torch.tensor(auroc, dtype=torch.float64)
@@ -82,5 +83,5 @@ def _mean_iou(means: np.ndarray) -> np.ndarray:
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, where a kind of pixel is neither found nor there: 1."""
-    return np.divide(part, whole, out=np.ones_like(part), where=whole > 0)
+    """part / whole; 0 for a kind of pixel that is neither found nor there in the whole data set."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
