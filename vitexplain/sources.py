@@ -735,7 +735,7 @@ def _of_rows(rows: datasets.Dataset, path: Path, split: str | None, files: tuple
                 images = images.cast_column(column, library.Image(decode=False))
     if files is None:
         files = tuple(Path(entry["filename"]) for entry in rows.cache_files)
-    if values is not None and all(value in (None, -1) for value in values):  # how test splits say that they have none
+    if values is not None and set(values) == {-1}:  # how test splits say that they have none
         values = None
     labels = None if values is None else _as_labels(_whole_column(values, "label", path.name), path.name)
     names = None if label is None else getattr(rows.features[label], "names", None)

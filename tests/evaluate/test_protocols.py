@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from vitexplain.evaluate.protocols import (
     build_protocols,
 )
 from vitexplain.evaluate.protocols.ablation import VARIANTS
+from vitexplain.evaluate.quantus_bridge import build_metric, quantus_scores
 from vitexplain.heatmap import min_max
 
 from . import slow_metrics as slow
@@ -162,8 +164,6 @@ def test_localisation_and_its_average_precision_is_scikit_learns(scene) -> None:
 
 
 def test_localisation_of_masks_of_one_kind_is_finite(scene) -> None:
-    from dataclasses import replace
-
     full = replace(scene.batch, masks=torch.ones_like(scene.batch.masks))
     raw, half = (
         {name: values.numpy() for name, values in protocol.measure(full, scene.ranked, full.predicted).items()}
@@ -237,8 +237,46 @@ def test_protocols_from_text() -> None:
         (["insertion_deletion:step=7"], InputError, "expected a divisor of 100, received 7"),
         (["saco", "saco"], InputError, "expected each protocol once, received 'saco' twice"),
         ([], InputError, "expected at least one of perturbation, .* received none"),
+        (["quantus:metric=Sparsness"], UnknownNameError, "unknown Quantus metric 'Sparsness': did you mean Sparseness"),
+        (
+            ["quantus:metric=PixelFlipping,parameters=stride=3"],
+            InputError,
+            "PixelFlipping: expected parameters among .*received stride",
+        ),
+        (
+            ["quantus:metric=MaxSensitivity"],
+            InputError,
+            "MaxSensitivity explains again: call .*quantus_scores with an explain_func",
+        ),
+        (["quantus:metric=Focus"], InputError, "Focus: expected a metric with a number for each image's map"),
+        (["quantus:metric=Consistency"], InputError, "expected at least two images"),
     ],
 )
 def test_protocols_that_do_not_fit_are_refused(asked: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_protocols(asked)
+
+
+def test_any_metric_of_quantus_on_finished_maps(scene) -> None:
+    protocol = build_protocols(
+        ["quantus:metric=Pixel-Flipping,parameters=features_in_step=100;perturb_baseline=black"]
+    ).popitem()[1]
+    assert [(m.name, m.better) for m in protocol.metrics("pred", labels=True)] == [("Pixel-Flipping", "lower")]
+    found = _figures(protocol, scene)["Pixel-Flipping"]
+    maps = (scene.batch.images, scene.batch.predicted, scene.ranked.pixels)
+    metric = build_metric("PixelFlipping", features_in_step=100, perturb_baseline="black")
+    assert found == pytest.approx(float(quantus_scores(metric, scene.model, *maps).mean()))
+
+
+def test_images_without_a_number_are_left_out_of_quantus_means(scene) -> None:
+    protocol = build_protocols(["quantus:metric=PointingGame"])["quantus:metric=PointingGame"]
+    assert protocol.needs_masks
+    assert not build_protocols(["quantus"])["quantus"].needs_masks
+    masks = scene.batch.masks.clone()
+    masks[1] = False
+    raw = {
+        k: v.numpy() for k, v in protocol.measure(replace(scene.batch, masks=masks), scene.ranked, scene.batch.predicted).items()
+    }
+    assert np.isnan(raw["score"]).tolist() == [False, True, False]
+    (metric,) = protocol.metrics("pred", labels=False)
+    assert metric.combine(metric.columns(raw).mean(0)) == pytest.approx(np.nanmean(raw["score"]))

@@ -12,7 +12,10 @@ from .runner import BETWEEN, Evaluation
 
 
 def disagreement(maps: Mapping[str, np.ndarray]) -> float:
-    """Mean over pairs of maps (gh, gw) of 1 − Spearman's rank correlation; a constant map correlates with nothing. 0 for one map."""
+    """Mean over pairs of maps (gh, gw) of 1 − Spearman's rank correlation; a constant map correlates with nothing.
+
+    0 for a single map.
+    """
     ranks = [_standard_ranks(values) for values in maps.values()]
     pairs = [1 - float(a @ b) for a, b in combinations(ranks, 2)]
     return float(np.mean(pairs)) if pairs else 0.0

@@ -46,7 +46,10 @@ class Journal:
         if not path.exists():
             self._write(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
             return
-        standing = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            standing = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"output: {str(path)!r} is damaged: expected JSON; use another folder, or --overwrite") from error
         settings = json.loads(json.dumps(settings))
         different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
         if different:

@@ -164,7 +164,7 @@ def quantus_scores(
         targets: (B,) integers, the explained classes.
         maps: (B, H, W), or (B, 1, H, W), the attributions to score.
         explain_func: for metrics that explain again (robustness, randomisation, input invariance): how ``maps`` were made, as
-            ``quantus_explainer`` gives it.
+            ``quantus_explainer`` gives it. The Continuity Test and Efficient MPRT score what it makes, and not ``maps``.
         masks: (B, H, W) bool, the objects, for metrics of localisation.
         batch_size: images that a metric treats at once. Sufficiency and Consistency compare all B images with each other.
         seed: of all that a metric draws at random.
@@ -185,7 +185,7 @@ def quantus_scores(
     metric = build_metric(metric) if isinstance(metric, str) else copy.deepcopy(metric)
     name = type(metric).__name__
     maps, masks = _check_arrays(metric, images, targets, maps, masks)
-    _check_metric(metric, len(images))
+    check_metric(metric, len(images))
     metric.return_aggregate = False
     if name in _COMPARE_IMAGES:
         batch_size = len(images)
@@ -215,7 +215,20 @@ def quantus_scores(
     return scores
 
 
-def _check_metric(metric: Any, num_images: int) -> None:
+def explains_again(metric: Any) -> bool:
+    """Whether a metric asks for further explanations and not only for the maps it is given."""
+    category = getattr(metric.evaluation_category, "value", None)
+    name = type(metric).__name__
+    return name == "InputInvariance" or (category in ("Robustness", "Randomisation") and name not in _COMPARE_IMAGES)
+
+
+def reads_masks(metric: Any) -> bool:
+    """Whether a metric compares maps with masks."""
+    return getattr(metric.evaluation_category, "value", None) == "Localisation"
+
+
+def check_metric(metric: Any, num_images: int) -> None:
+    """Raise ``InputError`` where a metric has no number for each of so many images."""
     name = type(metric).__name__
     if name in _REFUSED:
         raise InputError(f"{name}: expected a metric with a number for each image's map; {_REFUSED[name]}")
@@ -245,7 +258,7 @@ def _check_arrays(
     name = type(metric).__name__
     if name in _COUNT_CHANNELS:
         maps = maps.expand(-1, channels, -1, -1) / channels
-    if getattr(metric.evaluation_category, "value", None) != "Localisation":
+    if not reads_masks(metric):
         return maps, None
     if masks is None:
         raise InputError(f"{name}: expected masks of shape {(batch, *size)}, received None")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,8 @@ class Evaluation:
         output: the folder that keeps what was measured. What stands there is gone on with.
         explained: the classes that are explained: ``"pred"``, the predicted one, ``"gt"``, the label, or both.
         controls: also measure random maps, a centre prior, and the first method's negated maps.
-        resize: ``"model"``, the model's own preprocessing; ``"squash"``, the whole photo; ``"auto"``, squash where a protocol reads
-            masks.
+        resize: ``"model"``, the model's own preprocessing; ``"squash"``, the whole photo; ``"auto"``, squash where a protocol
+            reads masks.
         batch: images explained at once.
         forward_batch: changed images in one forward; None for 64 on a CPU and 512 on a GPU.
         dtype: element type of the forwards on changed images.
@@ -269,9 +270,9 @@ class Evaluation:
         if batch.labels is not None:
             arrays["labels"] = batch.labels.cpu().numpy()
         arrays |= {f"map{BETWEEN}{label}": _thumbnail(values, self._grid) for label, values in maps.items()}
-        for label, row in self.rows.items():
-            ranked = self._ranked(label, maps, batch)
-            other_ranked = None if others is None else self._ranked(label, other_maps, others)
+        ranked_maps = self._ranked(maps, batch)
+        other_ranked_maps = repeat(None) if others is None else self._ranked(other_maps, others)
+        for (label, row), ranked, other_ranked in zip(self.rows.items(), ranked_maps, other_ranked_maps):  # noqa: B905
             for protocol in row.protocols:
                 begun = time.perf_counter()
                 found = self._measure(protocol, batch, ranked, others, other_ranked, differing)
@@ -310,11 +311,17 @@ class Evaluation:
         maps = {label: explanation.maps for label, explanation in explanations.items()}
         return maps | {name: control_maps(name, batch, self._grid) for name in CONTROLS if name in self.rows}
 
-    def _ranked(self, label: str, maps: Mapping[str, Tensor], batch: Batch) -> RankedMaps:
-        if label in maps:
-            return RankedMaps.of(maps[label], batch, label)
-        first = next(iter(self.methods))
-        return RankedMaps.of(maps[first], batch, first).negated()
+    def _ranked(self, maps: Mapping[str, Tensor], batch: Batch) -> Iterator[RankedMaps]:
+        """The maps of every row in turn, each sorted once; the negated control reverses those of the first method."""
+        first: RankedMaps | None = None
+        for label in self.rows:
+            if label in maps:
+                ranked = RankedMaps.of(maps[label], batch, label)
+                first = ranked if first is None else first
+                yield ranked
+            else:
+                assert first is not None  # methods stand before controls
+                yield first.negated()
 
     def _measure(
         self,

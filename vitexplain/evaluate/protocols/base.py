@@ -58,12 +58,15 @@ class Protocol(HasOptions):
     Class attributes:
         title: for listings.
         source: paper and table.
-        needs_masks: of the data.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
-    needs_masks: ClassVar[bool] = False
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the data must have masks."""
+        return False
 
     @abstractmethod
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:

@@ -29,9 +29,12 @@ class Localisation(Protocol):
     name: ClassVar[str] = "localisation"
     title: ClassVar[str] = "overlap with masks of the foreground"
     source: ClassVar[str] = "VTranM, Table 2 (left); Chefer et al. (CVPR 2021)"
-    needs_masks: ClassVar[bool] = True
 
     threshold: str = option("mean", "of the map's foreground: its own mean, or a half", choices=("mean", "half"))
+
+    @property
+    def needs_masks(self) -> bool:
+        return True
 
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         scaled, masks = min_max(maps.pixels.double()), batch.masks  # in less, values of different pixels fall together

@@ -11,30 +11,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from ...options import option, split_pair
 from ..batch import Batch, RankedMaps
-from ..quantus_bridge import build_metric, quantus_scores
+from ..quantus_bridge import build_metric, check_metric, explains_again, quantus_scores, reads_masks
 from .base import Metric, Protocol, Raw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantus(Protocol):
-    """A metric of the Quantus library, by its class's name: one number an image, their mean over the images that have one.
+    """A metric of the Quantus library by name: one number an image, their mean over the images that have one.
 
-    Metrics that explain again (of robustness and randomisation) need the method itself and run through
-    ``quantus_bridge.quantus_scores`` in Python.
+    Metrics that explain again (of robustness and randomisation) need the method itself, and those that compare images with each
+    other the whole data set: they run through ``quantus_bridge.quantus_scores`` in Python.
     """
 
     name: ClassVar[str] = "quantus"
     title: ClassVar[str] = "any metric of Quantus that reads finished maps"
     source: ClassVar[str] = "Quantus (JMLR 2023)"
 
-    metric: str = option("Sparseness", "class name of the metric in Quantus")
+    metric: str = option("Sparseness", "name of the metric in Quantus")
     parameters: str = option("", "the metric's own, as NAME=VALUE;NAME=VALUE")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._metric  # noqa: B018  an unknown metric or parameter is refused before any work
+        check_metric(self._metric, num_images=1)
+        if explains_again(self._metric):
+            raise InputError(
+                f"protocol {self.name!r}: expected a metric of finished maps; {self.metric} explains again: call "
+                "vitexplain.evaluate.quantus_bridge.quantus_scores with an explain_func"
+            )
+
+    @property
+    def needs_masks(self) -> bool:
+        """Metrics of localisation do."""
+        return reads_masks(self._metric)
 
     @cached_property
     def _metric(self) -> Any:
@@ -47,7 +58,7 @@ class Quantus(Protocol):
         return {"score": torch.from_numpy(np.asarray(scores, dtype=np.float64))}
 
     def metrics(self, explained: str, *, labels: bool) -> tuple[Metric, ...]:  # noqa: ARG002
-        direction = getattr(getattr(self._metric, "score_direction", None), "value", "higher")
+        direction = self._metric.score_direction.value
         return (Metric(self.metric, direction, "", _score_and_whether, _mean_of_those),)
 
 
