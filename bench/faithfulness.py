@@ -5,7 +5,7 @@
     python -m bench.faithfulness --speed      # time per image of every method alone
 
 Data and weights are read from ``../shared/data`` (``--data`` for another folder). What was measured of each image stays in
-``build/faithfulness``; figures, tables and curves go to ``bench/results/faithfulness/CASE``.
+``build/faithfulness``, with curves and a report; figures and tables go to ``bench/results/faithfulness/CASE``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from typing import Any
 
 import torch
 
-from vitexplain.errors import InputError
-from vitexplain.evaluate.runner import Evaluation
+from vitexplain.evaluate import Evaluation, write_results
 from vitexplain.explainer import Explainer
 from vitexplain.loading import LoadedModel, load_model
 from vitexplain.methods import own_methods
 from vitexplain.sources import Source, open_source
 
+from .cost import forward_backward, plain_forward
+from .operations import folder_of
 from .record import RESULTS, Row, environment, spread, write_rows
+from .timing import interleaved_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 WORK = ROOT / "build" / "faithfulness"
 FAITHFULNESS = RESULTS / "faithfulness"
+SPEED_BATCH, SPEED_SECONDS = 8, 60.0
 IBA = tuple(f"iba:relevance={relevance}" for relevance in ("gradient", "gain", "probability", "uniform"))
 
 
@@ -49,13 +52,13 @@ class Case:
     images: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, device: str) -> LoadedModel:
+    def load(self, folder: Path, device: str) -> LoadedModel:
         """The model, with its weights from the data folder where they are not its own."""
-        return load_model(self.model, None if self.weights is None else DATA / self.weights, device)
+        return load_model(self.model, None if self.weights is None else folder / self.weights, device)
 
-    def source(self, model: LoadedModel) -> Source:
+    def source(self, folder: Path, model: LoadedModel) -> Source:
         """The images."""
-        return open_source(DATA / self.data, images=self.images, classes=model)
+        return open_source(folder / self.data, images=self.images, classes=model)
 
 
 DEIT = {"model": "deit_tiny_patch16_224", "weights": "deit_tiny_patch16_224_fp16.safetensors"}
@@ -74,13 +77,13 @@ CASES: dict[str, Case] = {
 }
 
 
-def evaluation_of(name: str, device: str) -> Evaluation:
-    """A case, ready to run; float32 forwards on changed images only where it says so."""
+def evaluation_of(name: str, folder: Path, device: str) -> Evaluation:
+    """A case, ready to run; float32 forwards on changed images only where its name says so."""
     case = CASES[name]
-    model = case.load(device)
+    model = case.load(folder, device)
     return Evaluation(
         model,
-        case.source(model),
+        case.source(folder, model),
         case.methods or own_methods(),
         case.protocols,
         WORK / name,
@@ -89,13 +92,11 @@ def evaluation_of(name: str, device: str) -> Evaluation:
     )
 
 
-def run(name: str, device: str) -> None:
+def run(name: str, folder: Path, device: str) -> None:
     """Measure a case and write what it found into the results."""
-    from vitexplain.evaluate import write_results
-
-    evaluation = evaluation_of(name, device)
+    evaluation = evaluation_of(name, folder, device)
     started = time.perf_counter()
-    results = evaluation.run(lambda done, total: _say(name, done, total, started))
+    results = evaluation.run(lambda done, total: _say(f"{name}: {done} of {total} images", started))
     written = write_results(evaluation, results)
     target = FAITHFULNESS / name
     target.mkdir(parents=True, exist_ok=True)
@@ -104,22 +105,59 @@ def run(name: str, device: str) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _say(name: str, done: int, total: int, started: float) -> None:
-    print(f"{name}: {done} of {total} images, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+def _say(text: str, started: float) -> None:
+    print(f"{text}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+# -- speed ---------------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(folder: Path, device: str) -> Path:
+    """Time of explaining eight photos by every method alone, by all in one call, and of what the model itself costs."""
+    case = CASES["perturbation"]
+    loaded = case.load(folder, device)
+    model, place = loaded.model.requires_grad_(False), next(loaded.model.parameters()).device
+    source = case.source(folder, loaded)
+    images = torch.stack([loaded.transform(source.sample(i).photo) for i in range(SPEED_BATCH)]).to(place)
+    explainers = {name: Explainer(model, name) for name in own_methods()}
+    explainers["all of these in one call"] = Explainer(model, own_methods())
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: plain_forward(model, images),
+        "forward + input gradient": lambda: forward_backward(model, images),
+    } | {name: lambda explainer=explainer: explainer.attribute(images) for name, explainer in explainers.items()}
+    samples = interleaved_ms(list(calls.values()), place, seconds=SPEED_SECONDS)
+    common = {"case": "explanation", "model": case.model, "batch": SPEED_BATCH, "tokens": 197, "dtype": "float32"}
+    rows = [
+        Row(
+            provider=name,
+            metric="time per image",
+            unit="ms",
+            **common,
+            **spread([t / SPEED_BATCH for t in taken]),
+            **environment(place),
+        )
+        for name, taken in zip(calls, samples, strict=True)
+    ]
+    return write_rows(speed_path(folder_of(place)), rows)
+
+
+def speed_path(device_name: str) -> Path:
+    """Where a device's times are kept."""
+    return RESULTS / device_name / "faithfulness_speed.csv"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="one case; repeat; default: all")
+    parser.add_argument("--speed", action="store_true", help="time per image of every method alone, and nothing else")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--measure-only", action="store_true", help="leave the tables and pictures for later")
+    parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args()
+    if options.speed:
+        print(measure_speed(options.data, options.device))
+        return
     for name in options.case or CASES:
-        if options.measure_only:
-            started = time.perf_counter()
-            evaluation_of(name, options.device).run(lambda done, total, name=name, t=started: _say(name, done, total, t))
-        else:
-            run(name, options.device)
+        run(name, options.data, options.device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""A whole evaluation on a GPU: the CPU's figures, up to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitexplain.evaluate import Evaluation
+from vitexplain.loading import load_model
+from vitexplain.sources import open_source
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROTOCOLS = ("perturbation", "insertion_deletion", "average_drop", "saco")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        place = tmp_path / "photos" / ("cat", "dog")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((32, 32)).save(place / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_figures_are_those_of_the_cpu(folder, tmp_path, dtype: str) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = load_model("demo", device=device)
+        settings = {"explained": ("pred", "gt"), "dtype": dtype if device == "cuda" else "float32", "resamples": 20}
+        source = open_source(folder, classes=model)
+        found[device] = Evaluation(model, source, ["tokentm", "rollout"], PROTOCOLS, tmp_path / device, **settings).run()
+    for figure, again in zip(found["cpu"].figures, found["cuda"].figures, strict=True):
+        assert (figure.method, figure.metric, figure.explained) == (again.method, again.metric, again.explained)
+        scale = 100 if abs(figure.mean) > 2 else 1
+        assert again.mean == pytest.approx(figure.mean, abs=scale * (1e-2 if dtype == "float32" else 0.1)), figure
+
+
+def test_random_maps_and_ties_are_those_of_the_cpu(folder, tmp_path) -> None:
+    ranks = {}
+    for device in ("cpu", "cuda"):
+        model = load_model("demo", device=device)
+        evaluation = Evaluation(model, open_source(folder, classes=model), ["rollout"], ["saco"], tmp_path / device)
+        batch = evaluation._batch(evaluation._load(0))
+        ranks[device] = (batch.tie_order.cpu(), evaluation._maps(batch, batch.predicted)["random"].cpu())
+    assert all(torch.equal(a, b) for a, b in zip(ranks["cpu"], ranks["cuda"], strict=True))
