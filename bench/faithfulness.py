@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     "perturbation": Case(**PHOTOS, protocols=("perturbation:convention=both",), settings=BOTH),
     "localisation": Case(**DEIT, data="ecssd_500.npz", protocols=("localisation",)),
     "cifar10": Case("demo", None, "cifar10_exact_test1017.npz", ("perturbation:convention=both",), settings=BOTH),
-    "ablation": Case(**PHOTOS, protocols=("ablation",), methods=("tokentm",)),
+    "ablation": Case(**PHOTOS, protocols=("ablation",), methods=("tokentm",), images="::2"),
     "iba_chosen_on_even": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="::2", settings={"controls": False}),
     "iba_reported_on_odd": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="1::2", settings={"controls": False}),
     "probability": Case(**PHOTOS, protocols=("insertion_deletion:step=10", "average_drop", "saco"), images="::2"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, unknown_name
 from .heatmap import as_photo
+from .models import unwrap
 
 DEMO = "demo"
 DISPLAY_SIDE = 448
@@ -74,6 +75,13 @@ class LoadedModel:
     class_names: tuple[str, ...] | None
 
     @property
+    def num_classes(self) -> int:
+        """Width of the model's output."""
+        inside = unwrap(self.model)
+        found = getattr(inside, "num_classes", None) or getattr(getattr(inside, "config", None), "num_labels", None)
+        return found or len(self.class_names or ())
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Of the normalisation, three values."""
         return tuple(self.config["mean"])
@@ -104,8 +112,12 @@ class LoadedModel:
         return _display_transform(self.config)
 
     def preprocess(self, resize: str = "model") -> Preprocess:
-        """How photos and masks become inputs: ``"model"``, as the model was trained, mostly with a crop; or ``"squash"``, the whole
-        photo squeezed to the input's shape, which is how localisation is measured."""
+        """How photos and masks become inputs.
+
+        Args:
+            resize: ``"model"``, as the model was trained, mostly with a crop; or ``"squash"``, the whole photo squeezed to the
+                input's shape, which is how localisation is measured.
+        """
         config = dict(self.config) if resize == "model" else {**self.config, "crop_mode": "squash", "crop_pct": 1.0}
         return Preprocess(config)
 
@@ -131,7 +143,7 @@ class LoadedModel:
             InputError: an index that is out of range, a name where names are not known, or a name of several classes.
             UnknownNameError: no class has that name; the message lists near ones.
         """
-        count: int = self.model.num_classes  # type: ignore[assignment]
+        count = self.num_classes
         try:
             index = int(text)
         except ValueError:

@@ -267,7 +267,7 @@ def _meanings(content: _Content, classes: LoadedModel | None, name: str) -> Mapp
 
 
 def _check_range(indices: Sequence[int], ids: Sequence[str], classes: LoadedModel | None, name: str) -> None:
-    count = None if classes is None else _num_classes(classes)
+    count = None if classes is None else classes.num_classes
     for index, identity in zip(indices, ids, strict=True):
         if index < 0 or (count is not None and index >= count):
             expected = "0 or more" if count is None else f"from 0 to {count - 1}"
@@ -284,7 +284,7 @@ def _of_names(used: Sequence[str], names: Sequence[str], classes: LoadedModel | 
     if len(found) == len(used):
         return found
     # Where some names are the model's own, the order of all cannot be trusted: ten folders for CIFAR-10, one of them "plane".
-    complete = next((texts for texts in (names, used) if len(texts) == _num_classes(classes)), None)
+    complete = next((texts for texts in (names, used) if len(texts) == classes.num_classes), None)
     if not found and complete is not None:
         return {text: index for index, text in enumerate(complete)}
     raise _unresolved(used, found, classes, name)
@@ -299,11 +299,11 @@ def _of_named_indices(names: Sequence[str], classes: LoadedModel | None, name: s
         return {index: int(text) for index, text in enumerate(names)}
     found = _found(names, classes)
     one_each = len(set(found.values())) == len(names)
-    if one_each or (len(found) == len(set(names)) and len(names) != _num_classes(classes)):
+    if one_each or (len(found) == len(set(names)) and len(names) != classes.num_classes):
         return {index: found[text] for index, text in enumerate(names)}
     # ImageNet's own names hold some of several classes ("crane"); but most of those known must be in the model's order.
     in_place = sum(found.get(text) == index for index, text in enumerate(names))
-    if not found or (len(names) == _num_classes(classes) and 2 * in_place > len(found)):
+    if not found or (len(names) == classes.num_classes and 2 * in_place > len(found)):
         return as_they_are
     raise _unresolved(names, found, classes, name)
 
@@ -323,7 +323,7 @@ def _wnids(classes: LoadedModel) -> dict[str, int]:
 
 
 def _unresolved(names: Sequence[str], found: Mapping[str, int], classes: LoadedModel, name: str) -> InputError:
-    count = _num_classes(classes)
+    count = classes.num_classes
     if classes.class_names is None:
         expected = f"indices from 0 to {count - 1}, or names of exactly {count} classes, as the model's own names are not known"
         return InputError(f"labels: expected {expected}; received {len(names)} names in {name!r}: {_some(map(repr, names))}")
@@ -334,10 +334,6 @@ def _unresolved(names: Sequence[str], found: Mapping[str, int], classes: LoadedM
     received = "; ".join(f"{what} are {_some(map(repr, texts))}" for what, texts in parts if texts)
     expected = f"names (such as {classes.class_names[0]!r}) or indices of the model's {count} classes"
     return InputError(f"labels: expected {expected}; of the {len(names)} in {name!r}, {received}")
-
-
-def _num_classes(classes: LoadedModel) -> int:
-    return classes.model.num_classes  # type: ignore[return-value]
 
 
 def _is_integer(text: str) -> bool:

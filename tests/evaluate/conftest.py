@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitexplain.evaluate.batch import Batch, Classifier, RankedMaps
+from vitexplain.models import read_anatomy
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 SIZE = (20, 40)  # 5 % of its pixels is a whole number
@@ -57,7 +58,7 @@ def scene() -> Scene:
     model = VisionTransformer(**arguments).eval().double().requires_grad_(False)
     images01 = torch.rand(3, 3, *SIZE, generator=generator, dtype=torch.float64)
     _sensitise(model, images01)
-    classifier = Classifier(model, MEAN, STD, forward_batch=7)
+    classifier = Classifier(read_anatomy(model), MEAN, STD, forward_batch=7)
     images = (images01 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     masks = torch.rand(3, *SIZE, generator=generator) > 0.6
     clean = classifier.log_probabilities(images)

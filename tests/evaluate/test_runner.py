@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitexplain.errors import InputError, UnknownNameError
+from vitexplain.errors import InputError, UnknownNameError, UnsupportedModelError
 from vitexplain.evaluate import Evaluation, evaluate
 from vitexplain.evaluate.batch import RankedMaps
 from vitexplain.evaluate.gallery import choose_gallery, disagreement
@@ -287,6 +287,34 @@ def test_what_does_not_fit_is_refused_before_any_work(
     with pytest.raises(error, match=message):
         Evaluation(demo, source, output=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_transformers_model_is_evaluated_by_its_logits(folder, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra, and is not installed")
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=64, num_labels=3)
+    model = transformers.ViTForImageClassification(config).eval()
+    preprocessing = {
+        "input_size": (3, 32, 32),
+        "crop_pct": 1.0,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "interpolation": "bilinear",
+    }
+    loaded = LoadedModel("own", model, preprocessing, CLASSES)
+    source = open_source(folder, classes=loaded)
+    assert source.labels == (0, 0, 1, 1, 2, 2)
+    results = Evaluation(loaded, source, ["tokentm"], ["perturbation"], tmp_path, explained=("pred", "gt")).run()
+    assert {figure.count for figure in results.figures} == {6}
+
+
+def test_a_model_of_text_is_refused(source, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra, and is not installed")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
+    preprocessing = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(UnsupportedModelError, match="expected a model of images, received BertForSequenceClassification"):
+        Evaluation(LoadedModel("bert", model, preprocessing, None), source, ["rollout"], ["saco"], tmp_path / "out")
 
 
 def test_labels_are_needed_to_explain_them(demo, folder, tmp_path) -> None:

@@ -9,11 +9,12 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..heatmap import min_max, upsample
 from ..kernels.dispatch import accumulation_dtype
+from ..models import Anatomy
 
 SUBSTRATES = ("black", "zeros", "blur", "mean")
 BLUR_KERNEL, BLUR_SIGMA = 11, 5.0
@@ -23,14 +24,15 @@ class Classifier:
     """A model that is asked for log-probabilities, many images at a time.
 
     Args:
-        model: in the element type that the forwards are to run in.
+        anatomy: of the model, in the element type that the forwards are to run in.
         mean, std: its normalisation, three values each.
         forward_batch: images of one forward.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], forward_batch: int) -> None:
-        parameter = next(model.parameters())
-        self.model, self.dtype, self.device, self.forward_batch = model, parameter.dtype, parameter.device, forward_batch
+    def __init__(self, anatomy: Anatomy, mean: Sequence[float], std: Sequence[float], forward_batch: int) -> None:
+        parameter = next(anatomy.model.parameters())
+        self.anatomy, self.forward_batch = anatomy, forward_batch
+        self.dtype, self.device = parameter.dtype, parameter.device
         self.mean, self.std = torch.tensor(mean, device=self.device), torch.tensor(std, device=self.device)
         self.num_forwarded = 0
 
@@ -69,7 +71,7 @@ class Classifier:
 
     def _forward(self, images: Tensor) -> Tensor:
         self.num_forwarded += len(images)
-        logits = self.model(images.to(self.dtype))
+        logits = self.anatomy.run(images.to(self.dtype))
         return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
 
 

@@ -40,6 +40,7 @@ QUALITY = 80
 
 _CHART = (460, 300)  # of a chart's own units
 _CHART_MARGIN = (38, 40, 12, 12)  # left, bottom, right, top
+_FLOOR = 6  # between the lowest point and the axis
 _LINE_WIDTH = 1.7
 
 
@@ -282,11 +283,12 @@ def _legend(
 def _chart(group: CurveGroup, titles: Mapping[str, str], keys: Mapping[str, str], looks: Mapping[str, _Look]) -> _Chart:
     shares = np.array([share for curve in group.curves for share in curve.share])
     values = np.array([value for curve in group.curves for value in (*curve.low, *curve.high)])
-    y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(values.min(), values.max())
+    low, high = float(values.min()), float(values.max())
+    y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     x_ticks = np.linspace(shares.min(), shares.max(), 6)
     left, bottom, right, top = _CHART_MARGIN
     x_axis = _Axis((x_ticks[0], x_ticks[-1]), (left, _CHART[0] - right))
-    y_axis = _Axis((y_ticks[0], y_ticks[-1]), (_CHART[1] - bottom, top))
+    y_axis = _Axis((low, high), (_CHART[1] - bottom - _FLOOR, top))
     lines = []
     for curve in group.curves:
         x = x_axis.places(curve.share)
@@ -301,7 +303,7 @@ def _chart(group: CurveGroup, titles: Mapping[str, str], keys: Mapping[str, str]
         group.y_label,
         f"{group.title}: {group.y_label} against {group.x_label}, a line for each of {len(lines)} rows of the table",
         x_axis.ticks(x_ticks),
-        y_axis.ticks(y_ticks),
+        y_axis.ticks(y_ticks[(y_ticks >= low - 0.02 * (high - low)) & (y_ticks <= high)]),
         tuple(reversed(lines)),  # what is drawn last lies above
         band_opacity(len(lines)),
     )

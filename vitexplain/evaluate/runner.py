@@ -21,6 +21,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..explainer import Explainer
 from ..loading import LoadedModel, Preprocess
 from ..methods import Method, MethodChoice, build_methods, method_from_text
+from ..models import read_anatomy
 from ..sources import Source
 from .batch import Batch, Classifier, RankedMaps
 from .controls import CONTROLS, control_maps
@@ -116,9 +117,12 @@ class Evaluation:
         self.rows = self._rows(controls)
         device = next(model.model.parameters()).device
         self.forward_batch = forward_batch or (64 if device.type == "cpu" else 512)
-        evaluated, explained_model = _in_dtype(model.model, dtype), _in_dtype(model.model, explain_dtype)
-        self.classifier = Classifier(evaluated, model.mean, model.std, self.forward_batch)
-        self.explainer = Explainer(explained_model, self._explained_methods(), backend)
+        anatomy = read_anatomy(_in_dtype(model.model, dtype))
+        if anatomy.grid is None:
+            raise UnsupportedModelError(f"evaluate: expected a model of images, received {type(anatomy.model).__name__}")
+        self.grid = anatomy.grid(*model.input_size)
+        self.classifier = Classifier(anatomy, model.mean, model.std, self.forward_batch)
+        self.explainer = Explainer(_in_dtype(model.model, explain_dtype), self._explained_methods(), backend)
         self.environment = environment(device, VERSIONS)
         self.settings = self._settings(controls, dtype, explain_dtype, backend)
         self.journal = Journal(self.output, {**self.settings, "environment": self.environment}, overwrite=overwrite)
@@ -269,7 +273,7 @@ class Evaluation:
         }
         if batch.labels is not None:
             arrays["labels"] = batch.labels.cpu().numpy()
-        arrays |= {f"map{BETWEEN}{label}": _thumbnail(values, self._grid) for label, values in maps.items()}
+        arrays |= {f"map{BETWEEN}{label}": _thumbnail(values, self.grid) for label, values in maps.items()}
         ranked_maps = self._ranked(maps, batch)
         other_ranked_maps = repeat(None) if others is None else self._ranked(other_maps, others)
         for (label, row), ranked, other_ranked in zip(self.rows.items(), ranked_maps, other_ranked_maps):  # noqa: B905
@@ -297,19 +301,12 @@ class Evaluation:
             raise InputError(f"label: expected a class from 0 to {clean.shape[1] - 1}, received {int(labels.max())}")
         return Batch(images, loaded.ids, labels, masks, clean, self.classifier, self.seed)
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        grid = self.explainer.anatomy.grid(*self.model.input_size)
-        if grid is None:
-            raise UnsupportedModelError("evaluate: expected a model of images")
-        return grid
-
     def _maps(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
         """(B, gh, gw) of every method and control, by label; all methods share forward and backward."""
         dtype = next(self.explainer.anatomy.model.parameters()).dtype
         explanations = self.explainer.attribute(batch.images.to(dtype), target.clone())
         maps = {label: explanation.maps for label, explanation in explanations.items()}
-        return maps | {name: control_maps(name, batch, self._grid) for name in CONTROLS if name in self.rows}
+        return maps | {name: control_maps(name, batch, self.grid) for name in CONTROLS if name in self.rows}
 
     def _ranked(self, maps: Mapping[str, Tensor], batch: Batch) -> Iterator[RankedMaps]:
         """The maps of every row in turn, each sorted once; the negated control reverses those of the first method."""

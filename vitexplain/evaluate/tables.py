@@ -145,7 +145,8 @@ def table(results: Results, protocol: str, methods: Sequence[str] | None = None)
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is; what is no text, in names of files, as its escape."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*|\[\]~$]|\b_|_\b", r"\\\g<0>", text)
 

@@ -53,7 +53,7 @@ class Quantus(Protocol):
         return build_metric(self.metric, **{name: _value(text) for name, text in pairs})
 
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:
-        model = batch.classifier.model
+        model = batch.classifier.anatomy.model
         scores = quantus_scores(self._metric, model, batch.images, target, maps.pixels, masks=batch.masks)
         return {"score": torch.from_numpy(np.asarray(scores, dtype=np.float64))}
 
