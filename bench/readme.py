@@ -10,20 +10,25 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import vitexplain
+from vitexplain.evaluate.results import Results
+from vitexplain.evaluate.tables import interval, number, protocol_title, table
 
 from .coverage import AGREES, COVERAGE, REFUSED, RUNS, TIMM_MODELS, Pair, TimmModel
 from .coverage import read as read_coverage
+from .faithfulness import FAITHFULNESS
 from .operations import COMPUTE, FORWARD, NOT_MEASURED, results_path
 from .record import RESULTS, Row, read_rows
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COST = RESULTS / "cpu" / "cost_vit_small_patch16_224_float32.csv"
+FURTHER = ("cifar10", "probability", "iba_chosen_on_even", "iba_reported_on_odd")
 MEMORY = RESULTS / "cpu" / "memory_tokentm.csv"
 # folder and element type of the operation benchmark's results, and the number of tokens that is shown
 OPERATIONS = {("cpu", torch.float32): 577, ("nvidia-h200", torch.bfloat16): 1025}
@@ -164,12 +169,96 @@ def _dtype(rows: list[Row], provider: str) -> str:
     return next(row.dtype for row in rows if row.provider == provider)
 
 
+def faithfulness_tables() -> str:
+    """The perturbation, localisation and ablation tables, which reconstruction of IBA was chosen, and times."""
+    return "\n\n".join(
+        [
+            _case("perturbation", "positive", "negative", "AOPC", "LOdds"),
+            _case("localisation", "pixel accuracy", "mIoU", "mAP", "AUROC"),
+            _case("ablation", "positive", "negative", "AOPC", "LOdds"),
+            _chosen_reconstruction(),
+            _precision(),
+            _speed(),
+            f"In the same form: {', '.join(f'[{name}](bench/results/faithfulness/{name}/results.md)' for name in FURTHER)}. "
+            "All of it: `python -m bench.faithfulness`",
+        ]
+    )
+
+
+def _results(case: str) -> Results:
+    return Results.read(FAITHFULNESS / case / "results.json")
+
+
+def _case(case: str, *metrics: str) -> str:
+    """A case's table, with the columns of these metrics alone."""
+    results = _results(case)
+    shown = replace(results, columns=tuple(column for column in results.columns if column.metric in metrics))
+    (protocol,) = dict.fromkeys(column.protocol for column in shown.columns)
+    timing, settings = results.timing, results.settings
+    return (
+        f"**{protocol_title(protocol.partition(':')[0])}**: {settings['model']['name']}, {settings['data']['name']}, "
+        f"{timing['images']} images, forwards on changed images in {settings['dtype']}, {_place(results.environment)}; "
+        f"{timing['images_per_second']:.2g} images/s in all.\n\n{table(shown, protocol)}".rstrip()
+    )
+
+
+def _place(where: Mapping[str, object]) -> str:
+    return f"{where['device']}, {where['threads']} threads; {where['versions']}"
+
+
+def _chosen_reconstruction() -> str:
+    """Which of IBA's reconstructions is ahead on the half it is chosen on, and the same figures on the other half."""
+    parts = []
+    for case, half in (("iba_chosen_on_even", "the even-numbered 250 photos"), ("iba_reported_on_odd", "the odd-numbered 250")):
+        results = _results(case)
+        column = next(column for column in results.columns if column.metric == "AOPC")
+        figures = ", ".join(
+            f"{label.partition('=')[2]} {number(figure.mean, '.3f')} {interval(figure, '.3f')}"
+            for label in results.methods
+            if (figure := results.figure(label, column))
+        )
+        parts.append(f"on {half}: {figures}")
+    return f"**Which reconstruction of `iba`** was chosen, by AOPC ↑ {parts[0]}; reported {parts[1]}. Other figures: see below."
+
+
+def _precision() -> str:
+    """How far bfloat16 forwards move the figures."""
+    exact, narrow = _results("precision_float32"), _results("precision_bfloat16")
+    largest = {
+        column.metric: max(abs(exact.figure(label, column).mean - narrow.figure(label, column).mean) for label in exact.methods)
+        for column in exact.columns
+    }
+    moved = ", ".join(f"{metric} {value:.2g}" for metric, value in largest.items())
+    return (
+        f"**bfloat16 against float32** forwards, {exact.timing['images']} photos, {len(exact.methods)} maps: the largest difference "
+        f"of a figure is {moved}; {narrow.timing['changed_images_per_second']:.0f} against "
+        f"{exact.timing['changed_images_per_second']:.0f} changed images a second."
+    )
+
+
+def _speed() -> str:
+    """Time per image of explanations, on each device there are figures of."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/faithfulness_speed.csv")):
+        rows = read_rows(path)
+        first = rows[0]
+        times = ", ".join(f"{row.provider} {row.p50}" for row in rows)
+        parts.append(
+            f"**Milliseconds per image** of an explanation alone, {first.model}, batch {first.batch}, {first.dtype}, "
+            f"{first.device}, {first.threads} threads: {times}. `python -m bench.faithfulness --speed`"
+        )
+    if not any(path.parent.name != "cpu" for path in RESULTS.glob("*/faithfulness_speed.csv")):
+        parts.append(f"On a GPU: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "methods": method_table,
     "coverage": coverage_table,
     "cost": cost_table,
     "memory": memory_table,
     "operations": operations_table,
+    "faithfulness": faithfulness_tables,
 }
 
 
