@@ -2,6 +2,7 @@
 # make test   sets everything up and runs the tests (no GPU needed; GPU tests run where there is one)
 # make gpu    on a machine with CUDA and torch: the GPU tests, then the benchmark of every operation and of whole explanations
 # make tune   there: the launch table and the decision between one backward pass and two, by measuring
+# make faithfulness   which method is faithful to its model: the README's tables, on the data beside the repository
 # make aot    anywhere: every kernel compiled ahead of time, and each held to its budget
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,15 +10,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := 3.11
 
-.PHONY: demo test test-main test-interpreter lint gpu tune aot bench readme clean
+.PHONY: demo test browser test-main test-interpreter lint gpu tune aot faithfulness bench readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/vitexplain demo --output vitexplain_demo.png
 
 test: lint test-main test-interpreter
 
-test-main: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto
+test-main: $(INSTALLED) browser
+	@[ -n "$(CHROMIUM)" ] || export VITEXPLAIN_NO_BROWSER=1; $(BIN)/python -m pytest -n auto
+
+# The report's tests open it in Chromium; where there is none and it cannot be installed they skip, and say so.
+CHROMIUM = $(shell which chromium chromium-browser google-chrome 2>/dev/null | head -n 1)
+
+browser:
+	@[ -n "$(CHROMIUM)" ] || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium) >/dev/null 2>&1 \
+		|| echo "no Chromium here, and it cannot be installed: the tests that need it skip"
 
 # Interpreting and compiling Triton kernels cannot share a process: the interpreter is chosen when triton is imported.
 test-interpreter: $(INSTALLED)
@@ -50,6 +58,12 @@ aot: $(INSTALLED)
 	cmake -B build/aot -DVITEXPLAIN_AOT=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 	cmake --build build/aot
 	ctest --test-dir build/aot --output-on-failure
+
+# The project's own faithfulness tables, from the data beside the repository; it takes hours on a CPU, and goes on where it was.
+faithfulness: $(INSTALLED)
+	$(BIN)/python -m bench.faithfulness
+	$(BIN)/python -m bench.faithfulness --speed
+	$(BIN)/python -m bench.readme
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.cost

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vitexplain.evaluate import Evaluation, write_results
+from vitexplain.evaluate import Evaluation, Results, write_results
 from vitexplain.explainer import Explainer
 from vitexplain.loading import LoadedModel, load_model
 from vitexplain.methods import own_methods
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 WORK = ROOT / "build" / "faithfulness"
 FAITHFULNESS = RESULTS / "faithfulness"
-SPEED_BATCH, SPEED_SECONDS = 8, 60.0
+SPEED_BATCH, SPEED_SECONDS, SPEED_PHOTOS = 8, 60.0, 16
 IBA = tuple(f"iba:relevance={relevance}" for relevance in ("gradient", "gain", "probability", "uniform"))
 
 
@@ -113,7 +114,8 @@ def _say(text: str, started: float) -> None:
 
 
 def measure_speed(folder: Path, device: str) -> Path:
-    """Time of explaining eight photos by every method alone, by all in one call, and of what the model itself costs."""
+    """Time of explaining eight photos by every method alone, by all in one call, and of what the model itself costs; and the
+    pace of a whole evaluation."""
     case = CASES["perturbation"]
     loaded = case.load(folder, device)
     model, place = loaded.model.requires_grad_(False), next(loaded.model.parameters()).device
@@ -138,7 +140,19 @@ def measure_speed(folder: Path, device: str) -> Path:
         )
         for name, taken in zip(calls, samples, strict=True)
     ]
+    timing = _quick_evaluation(loaded, source).timing
+    for metric in ("images_per_second", "changed_images_per_second"):
+        taken = {**common, "case": "evaluation", "dtype": "bfloat16"}
+        provider = "perturbation of the predicted class, all methods and controls"
+        figure = {"metric": metric.replace("_", " "), "unit": "1/s", **spread([timing[metric]])}
+        rows.append(Row(provider=provider, **figure, **taken, **environment(place)))
     return write_rows(speed_path(folder_of(place)), rows)
+
+
+def _quick_evaluation(model: LoadedModel, source: Source) -> Results:
+    with tempfile.TemporaryDirectory() as folder:
+        photos = source.select(slice(0, SPEED_PHOTOS))
+        return Evaluation(model, photos, own_methods(), ["perturbation"], folder, batch=SPEED_BATCH, dtype="bfloat16").run()
 
 
 def speed_path(device_name: str) -> Path:

@@ -194,11 +194,11 @@ def _case(case: str, *metrics: str) -> str:
     results = _results(case)
     shown = replace(results, columns=tuple(column for column in results.columns if column.metric in metrics))
     (protocol,) = dict.fromkeys(column.protocol for column in shown.columns)
-    timing, settings = results.timing, results.settings
+    settings = results.settings
     return (
         f"**{protocol_title(protocol.partition(':')[0])}**: {settings['model']['name']}, {settings['data']['name']}, "
-        f"{timing['images']} images, forwards on changed images in {settings['dtype']}, {_place(results.environment)}; "
-        f"{timing['images_per_second']:.2g} images/s in all.\n\n{table(shown, protocol)}".rstrip()
+        f"{results.timing['images']} images, forwards on changed images in {settings['dtype']}, {_place(results.environment)}."
+        f"\n\n{table(shown, protocol)}".rstrip()
     )
 
 
@@ -230,8 +230,8 @@ def _precision() -> str:
     }
     moved = ", ".join(f"{metric} {value:.2g}" for metric, value in largest.items())
     return (
-        f"**bfloat16 against float32** forwards, {exact.timing['images']} photos, {len(exact.methods)} maps: the largest difference "
-        f"of a figure is {moved}; {narrow.timing['changed_images_per_second']:.0f} against "
+        f"**bfloat16 against float32** forwards, {exact.timing['images']} photos, {len(exact.methods)} maps: the largest "
+        f"difference of a figure is {moved}; {narrow.timing['changed_images_per_second']:.0f} against "
         f"{exact.timing['changed_images_per_second']:.0f} changed images a second."
     )
 
@@ -242,10 +242,13 @@ def _speed() -> str:
     for path in sorted(RESULTS.glob("*/faithfulness_speed.csv")):
         rows = read_rows(path)
         first = rows[0]
-        times = ", ".join(f"{row.provider} {row.p50}" for row in rows)
+        times = ", ".join(f"{row.provider} {row.p50}" for row in rows if row.case == "explanation")
+        pace = {row.metric: row for row in rows if row.case == "evaluation"}
         parts.append(
             f"**Milliseconds per image** of an explanation alone, {first.model}, batch {first.batch}, {first.dtype}, "
-            f"{first.device}, {first.threads} threads: {times}. `python -m bench.faithfulness --speed`"
+            f"{first.device}, {first.threads} threads: {times}. A whole evaluation ({next(iter(pace.values())).provider}, "
+            f"changed images in {next(iter(pace.values())).dtype}): {pace['images per second'].p50} images/s, "
+            f"{pace['changed images per second'].p50} changed images/s. `python -m bench.faithfulness --speed`"
         )
     if not any(path.parent.name != "cpu" for path in RESULTS.glob("*/faithfulness_speed.csv")):
         parts.append(f"On a GPU: {NOT_MEASURED}.")

@@ -365,3 +365,11 @@ def test_random_loses_on_real_photos(shared: Callable[[str], Path], demo: Loaded
     assert set(column.contenders) <= {"transformer_mm", "iba"}, "by paired differences"
     for method in ("transformer_mm", "iba"):
         assert figures[method].mean > figures["random"].mean > figures["negated transformer_mm"].mean
+
+
+def test_a_file_whose_name_is_no_text_is_evaluated(demo, folder, tmp_path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(next(folder.rglob("*.png")).read_bytes())
+    evaluate(demo, open_source(tmp_path / "in"), ["rollout"], ["average_drop"], tmp_path / "out", resamples=5)
+    assert Results.read(tmp_path / "out" / "results.json").figures

@@ -234,5 +234,5 @@ class RankedMaps:
 
 
 def _generator(text: str) -> torch.Generator:
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    number = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8], "little") >> 1
     return torch.Generator().manual_seed(number)

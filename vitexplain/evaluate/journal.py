@@ -44,7 +44,7 @@ class Journal:
     def _claim(self, settings: dict[str, Any]) -> None:
         path = self.folder / _SETTINGS
         if not path.exists():
-            self._write(path, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+            self._write(path, json.dumps(settings, indent=1).encode())
             return
         try:
             standing = json.loads(path.read_text(encoding="utf-8"))

@@ -19,8 +19,8 @@ class Column:
         explained: ``"pred"`` (the predicted class was explained) or ``"gt"`` (the ground truth).
         better: ``"lower"`` or ``"higher"``.
         unit: ``"%"`` or ``""``.
-        winner: the one method that is better than every other with a paired 95 % interval that excludes zero, else None.
-        contenders: the methods that cannot be told from the best (the best among them).
+        winner: the one row that is better than every other with a paired 95 % interval that excludes zero, else None.
+        contenders: the rows that cannot be told from the best (the best among them).
     """
 
     protocol: str
@@ -119,7 +119,7 @@ class Results:
 
     def to_json(self) -> str:
         """As text, the same for the same results."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"  # ASCII: names of files can be no text
 
     @classmethod
     def from_json(cls, text: str) -> Results:

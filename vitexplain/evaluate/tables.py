@@ -16,7 +16,7 @@ from .results import Column, Figure, MethodEntry, Results
 EXPLAINED = {"pred": "predicted", "gt": "ground truth"}
 NO_VALUE = "–"
 LEGEND = (
-    "Each figure is followed by its 95 % interval, a bootstrap over images. **Bold**: better than every other method, each by a "
+    "Each figure is followed by its 95 % interval, a bootstrap over images. **Bold**: better than every other row, each by a "
     "paired 95 % interval that excludes zero."
 )
 
@@ -445,6 +445,8 @@ def brief(value: Any) -> str:
 
 
 def _item(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"{name} = ({brief(value)})"
     if not isinstance(value, Mapping):
         return f"{name} = {brief(value)}"
     if value.get("name", name) == name or name.startswith(f"{value['name']}:"):
