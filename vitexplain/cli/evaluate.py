@@ -10,7 +10,10 @@ import typer
 from .app import Failure, app, guarded, prepare_hub, progress
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..evaluate import Results
+    from ..evaluate.tables import Layout
 
 _DEFAULT_PROTOCOL = "perturbation"
 
@@ -144,15 +147,46 @@ def _evaluate(
 
 
 def _print(results: Results, output: Path) -> None:
+    """A table for each protocol on screen, and where the rest is."""
     from rich.console import Console
-    from rich.markdown import Markdown
 
-    from ..evaluate.tables import table
+    from ..evaluate.tables import lay_out, protocols
 
     console = Console()
-    for protocol in dict.fromkeys(column.protocol for column in results.columns):
-        console.print(Markdown(f"### {protocol}\n\n" + table(results, protocol)))
+    for protocol in protocols(results):
+        layout = lay_out(results, protocol)
+        console.print(_screen_table(layout))
+        for note in layout.notes:
+            console.print(f"{note.about}: {note.text}", style="dim", markup=False, highlight=False)
     for left in results.left_out:
         typer.echo(f"left out: {left['id']}: {left['reason']}", err=True)
     for name in ("results.json", "results.md", "report.html"):
-        typer.echo(f"{output / name}")
+        typer.echo(str(output / name))
+
+
+def _screen_table(layout: Layout) -> Table:
+    """Each figure above its interval, the winner in bold."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..evaluate.tables import NO_VALUE, groups, interval, number, number_styles
+
+    table = Table(title=layout.title, title_justify="left", pad_edge=False, box=SIMPLE_HEAD)
+    table.add_column("method")
+    for head in layout.heads:
+        table.add_column(Text(head.text), justify="right")
+    styles = number_styles(layout)
+    for group, rows in groups(layout):
+        if group:
+            table.add_section()
+        for row in rows:
+            cells = []
+            for column, figure, style in zip(layout.columns, row.figures, styles, strict=True):
+                if figure is None:
+                    cells.append(Text(NO_VALUE))
+                    continue
+                value = Text(number(figure.mean, style), style="bold" if column.winner == row.label else "")
+                cells.append(value.append("\n" + interval(figure, style), style="not bold dim"))
+            table.add_row(Text(row.name, style="italic" if row.kind == "control" else ""), *cells)
+    return table
