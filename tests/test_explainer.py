@@ -85,6 +85,22 @@ def test_methods_can_be_instances_and_options_go_where_they_belong(model, images
     assert by_option["gmar"].options["norm"] == "l2"
 
 
+def test_a_mapping_of_labels_holds_one_method_with_several_options(model, images) -> None:
+    calls: list[int] = []
+    handle = model.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    variants = {"paper": "tokentm", "length": TokenTM(necc=False), "again": TokenTM(), "l2": GMAR(norm="l2")}
+    together = vitexplain.explain(model, images, method=variants, score="probability")
+    handle.remove()
+    assert list(together) == list(variants)
+    assert len(calls) == 1, "they share a forward"
+    assert together["paper"].options["score"] == "probability", "options go to what is named, instances have their own"
+    assert together["length"].options["score"] == "logit"
+    for label, method in {"length": TokenTM(necc=False), "again": TokenTM(), "l2": GMAR(norm="l2")}.items():
+        assert torch.equal(together[label].maps, vitexplain.explain(model, images, method=method).maps), label
+    alone = vitexplain.explain(model, images, score="probability")
+    assert torch.equal(together["paper"].maps, alone.maps)
+
+
 def test_the_list_of_methods_names_paper_cost_and_options() -> None:
     listed = {info.name: info for info in vitexplain.methods()}
     papers = {"tokentm", "gmar", "iba", "transformer_mm", "attcat", "rollout", "raw_attention", "grad_cam"}
