@@ -72,9 +72,10 @@ CASES: dict[str, Case] = {
     "ablation": Case(**PHOTOS, protocols=("ablation",), methods=("tokentm",), images="::2"),
     "iba_chosen_on_even": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="::2", settings={"controls": False}),
     "iba_reported_on_odd": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="1::2", settings={"controls": False}),
-    "probability": Case(**PHOTOS, protocols=("insertion_deletion:step=10", "average_drop", "saco"), images="::2"),
-    "precision_float32": Case(**PHOTOS, protocols=("perturbation",), images=":64", methods=("tokentm", "iba", "rollout")),
-    "precision_bfloat16": Case(**PHOTOS, protocols=("perturbation",), images=":64", methods=("tokentm", "iba", "rollout")),
+    "probability": Case(**PHOTOS, protocols=("insertion_deletion:step=10", "average_drop"), images="::2"),
+    "saco": Case(**PHOTOS, protocols=("saco",), images="::2"),
+    "precision_float32": Case(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
+    "precision_bfloat16": Case(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
 }
 
 

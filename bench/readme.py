@@ -28,7 +28,7 @@ from .record import RESULTS, Row, read_rows
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COST = RESULTS / "cpu" / "cost_vit_small_patch16_224_float32.csv"
-FURTHER = ("cifar10", "probability", "iba_chosen_on_even", "iba_reported_on_odd")
+FURTHER = ("cifar10", "probability", "saco", "iba_chosen_on_even", "iba_reported_on_odd")
 MEMORY = RESULTS / "cpu" / "memory_tokentm.csv"
 # folder and element type of the operation benchmark's results, and the number of tokens that is shown
 OPERATIONS = {("cpu", torch.float32): 577, ("nvidia-h200", torch.bfloat16): 1025}

@@ -102,12 +102,15 @@ def test_all_means_the_methods_of_this_library(run, folder) -> None:
     labels = list(Results.read(folder / "out" / "results.json").methods)
     assert {"tokentm", "iba", "lrp", "random"} <= set(labels)
     assert "smoothgrad" not in labels
+    result = run("--data", "photos", "--output", "out", "-m", "gmar", "-m", "all", "-m", "typo")
+    assert "unknown method 'typo'" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "nowhere", "--output", "out"], "nowhere"),
+        (["--data", "photos", "--output", "x" * 300], "output: cannot use the folder"),
         (["--data", "photos", "--output", "table.csv"], "output: expected a folder, received the file 'table.csv'"),
         (["--data", "photos", "--output", "out", "-m", "tokentn"], "unknown method 'tokentn': did you mean tokentm"),
         (["--data", "photos", "--output", "out", "-m", "gmar:norm=l3"], "expected one of 'l1', 'l2', received 'l3'"),
@@ -124,7 +127,8 @@ def test_all_means_the_methods_of_this_library(run, folder) -> None:
 def test_errors_are_one_line(run, folder, arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
     assert message in line
     assert not (folder / "out").exists()
 

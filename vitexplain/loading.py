@@ -42,7 +42,7 @@ class Preprocess:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._image = timm.data.create_transform(**config, is_training=False)
         self._seen = timm.data.create_transform(**config, is_training=False, normalize=False)
-        nearest = {**config, "interpolation": "nearest"}
+        nearest = {**config, "interpolation": "nearest", "mean": (0.0, 0.0, 0.0)}  # what is added around a photo is background
         self._mask = timm.data.create_transform(**nearest, is_training=False, normalize=False)
 
     def image(self, photo: Image.Image) -> Tensor:
@@ -55,7 +55,7 @@ class Preprocess:
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """(h, w) bool of a mask (H, W) bool of the photo's size."""
-        return self._mask(Image.fromarray(mask.astype(np.uint8) * 255))[0] > 127
+        return self._mask(Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"))[0] > 127
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ def from_text(text: str, lookup: Callable[[str], type[T]]) -> T:
     values: dict[str, Any] = {}
     for pair in rest.split(",") if colon else ():
         key, value = split_pair(pair)
+        if key in values:
+            raise InputError(f"option {key!r} of {kind.name}: expected once, received twice in {text!r}")
         values[key] = parse_value(key, value, [kind])
     return kind(**values)
 

@@ -63,8 +63,8 @@ class _Reader(Protocol):
     @property
     def has_masks(self) -> bool: ...
 
-    def read(self, position: int, name: str) -> tuple[Image.Image, np.ndarray | None]:
-        """A photo and its mask; ``name`` stands for it in messages where it has no file of its own."""
+    def read(self, position: int, name: str, masks: bool) -> tuple[Image.Image, np.ndarray | None]:
+        """A photo and, where asked for, its mask; ``name`` stands for it in messages where it has no file of its own."""
         ...
 
     def missing(self, positions: Iterable[int]) -> list[str]:
@@ -109,14 +109,14 @@ class Source:
         """Whether each image has a mask."""
         return self._reader.has_masks
 
-    def sample(self, index: int) -> Sample:
-        """The image at an index of ``ids``, decoded.
+    def sample(self, index: int, *, masks: bool = True) -> Sample:
+        """The image at an index of ``ids``, decoded; its mask is not looked at where ``masks`` is false.
 
         Raises:
             InputError: the photo or its mask cannot be read, or the mask is of another size; the message names the image.
         """
         identity = self.ids[index]
-        photo, mask = self._reader.read(self._positions[index], f"{identity!r} in {self.name!r}")
+        photo, mask = self._reader.read(self._positions[index], f"{identity!r} in {self.name!r}", masks)
         if mask is not None and mask.shape != (photo.height, photo.width):
             raise InputError(
                 f"mask: expected the size of the upright photo, {photo.width} × {photo.height}, "
@@ -429,9 +429,9 @@ class _Files:
     def has_masks(self) -> bool:
         return self.masks is not None
 
-    def read(self, position: int, name: str) -> tuple[Image.Image, np.ndarray | None]:  # noqa: ARG002
+    def read(self, position: int, name: str, masks: bool) -> tuple[Image.Image, np.ndarray | None]:  # noqa: ARG002
         photo = load_photo(self.photos[position])
-        if self.masks is None:
+        if self.masks is None or not masks:
             return photo, None
         return photo, _decode_mask(self.masks[position], repr(str(self.masks[position])))
 
@@ -637,10 +637,10 @@ class _Rows:
     def has_masks(self) -> bool:
         return self.mask is not None
 
-    def read(self, position: int, name: str) -> tuple[Image.Image, np.ndarray | None]:
+    def read(self, position: int, name: str, masks: bool) -> tuple[Image.Image, np.ndarray | None]:
         row = self.rows[position]
         photo = decode_photo(_encoded(row[self.photo], "photo", name), name)
-        return photo, None if self.mask is None else _decode_mask(_encoded(row[self.mask], "mask", name), name)
+        return photo, _decode_mask(_encoded(row[self.mask], "mask", name), name) if self.mask and masks else None
 
     def missing(self, positions: Iterable[int]) -> list[str]:  # noqa: ARG002
         return []
@@ -802,12 +802,12 @@ class _Archive:
     def has_masks(self) -> bool:
         return self.masks is not None
 
-    def read(self, position: int, name: str) -> tuple[Image.Image, np.ndarray | None]:
+    def read(self, position: int, name: str, masks: bool) -> tuple[Image.Image, np.ndarray | None]:
         if isinstance(self.photos, _Encoded):
             photo = decode_photo(self.photos.stream(position), name)
         else:
             photo = Image.fromarray(self.photos[position])
-        return photo, None if self.masks is None else _decode_mask(self.masks.stream(position), name)
+        return photo, _decode_mask(self.masks.stream(position), name) if self.masks is not None and masks else None
 
     def missing(self, positions: Iterable[int]) -> list[str]:  # noqa: ARG002
         return []

@@ -289,6 +289,8 @@ def saco(
     """Salience-guided Faithfulness Coefficient (Wu et al., CVPR 2024, Algorithm 1), −1 to 1.
 
     Group i holds the pixels of rank ⌊i·N/groups⌋ up to ⌊(i + 1)·N/groups⌋; it is replaced by the image's mean colour.
+    Its salience is the mean of the map over it: of groups of one size the same as the paper's sum, of others no favour to the
+    larger.
     """
     image = np.asarray(image_normalised, dtype=np.float64)
     mean_colour = [channel.mean() for channel in image]
@@ -297,14 +299,15 @@ def saco(
     salience, effect = [], []
     for group in range(groups):
         first, last = group * ranks.size // groups, (group + 1) * ranks.size // groups
-        without, group_sum = image.copy(), 0.0
+        without, group_sum, group_size = image.copy(), 0.0, 0
         for y in range(height):
             for x in range(width):
                 if first <= ranks[y, x] < last:
                     group_sum += float(pixels[y, x])
+                    group_size += 1
                     for channel in range(image.shape[0]):
                         without[channel, y, x] = mean_colour[channel]
-        salience.append(group_sum)
+        salience.append(group_sum / group_size)
         effect.append(clean - math.exp(log_softmax(predict(without))[target]))
     weights = []
     for i in range(groups):

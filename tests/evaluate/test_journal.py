@@ -29,9 +29,22 @@ def test_a_chunk_comes_back_as_it_was(tmp_path) -> None:
 
 def test_other_settings_are_refused_by_name_and_can_be_overwritten(tmp_path) -> None:
     Journal(tmp_path, SETTINGS).write(0, {"x": np.zeros(1)}, {})
-    with pytest.raises(InputError, match=r"holds an evaluation with other settings \(dtype, seed\); expected the same ones"):
+    with pytest.raises(
+        InputError, match=r"other settings \(seed: 0 there, 1 asked for; dtype: null there, \"float32\" asked for\)"
+    ):
         Journal(tmp_path, {**SETTINGS, "seed": 1, "dtype": "float32"})
+    (tmp_path / "curves").mkdir()
+    for name in ("curves/old.png", "report.html", "results.json", "mine.txt"):
+        (tmp_path / name).write_text("")
     assert not Journal(tmp_path, {**SETTINGS, "seed": 1}, overwrite=True).has(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "per_image"], "what an evaluation wrote is gone"
+
+
+def test_chunks_without_settings_belong_to_nobody(tmp_path) -> None:
+    Journal(tmp_path, SETTINGS).write(0, {"x": np.zeros(1)}, {})
+    (tmp_path / "per_image" / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"expected settings.json beside what stands in .*per_image"):
+        Journal(tmp_path, SETTINGS)
 
 
 def test_a_damaged_chunk_is_named(tmp_path) -> None:

@@ -52,13 +52,22 @@ def test_maps_are_up_sampled_and_ranked(scene) -> None:
 
 
 def test_ties_come_in_a_random_order_that_depends_on_the_image_and_the_seed_alone(scene) -> None:
-    constant = RankedMaps.of(torch.zeros(3, 5, 10), scene.batch, "constant")
+    constant = RankedMaps.of(torch.full((3, 5, 10), 0.1), scene.batch, "constant")
     alone = scene.batch.take(torch.tensor([1]))
-    assert torch.equal(RankedMaps.of(torch.zeros(1, 5, 10), alone, "constant").ranks[0], constant.ranks[1])
+    assert torch.equal(RankedMaps.of(torch.full((1, 5, 10), 0.1), alone, "constant").ranks[0], constant.ranks[1])
     assert not torch.equal(constant.ranks[0], constant.ranks[1])
     order = constant.ranks[0].double()
     neighbours = torch.corrcoef(torch.stack([order[:-1], order[1:]]))[0, 1]
     assert abs(float(neighbours)) < 0.15  # not the layout of the memory
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1e-3, 123.4])
+@pytest.mark.parametrize("grid", [(8, 8), (5, 10), (7, 7)])
+def test_up_sampling_keeps_equal_values_equal(scene, grid: tuple[int, int], value: float) -> None:
+    square = replace(scene.batch, images=torch.zeros(3, 3, 32, 32))
+    ranked = RankedMaps.of(torch.full((3, *grid), value), square, "constant")
+    assert len(ranked.pixels.unique()) == 1
+    assert torch.equal(ranked.ranks.long().argsort(1), square.tie_order)
 
 
 def test_a_map_and_its_negation_swap_positive_and_negative(scene) -> None:
@@ -188,8 +197,14 @@ def test_saco(scene, groups: int) -> None:
 
 
 def test_saco_of_a_constant_map_is_zero(scene) -> None:
-    constant = RankedMaps.of(torch.zeros(3, 5, 10), scene.batch, "constant")
-    assert SaCo().measure(scene.batch, constant, scene.batch.predicted)["saco"].tolist() == [0, 0, 0]
+    constant = RankedMaps.of(torch.full((3, 5, 10), 0.3), scene.batch, "constant")
+    assert SaCo(groups=7).measure(scene.batch, constant, scene.batch.predicted)["saco"].tolist() == [0, 0, 0]
+
+
+def test_saco_does_not_change_when_a_constant_is_added_to_the_map(scene) -> None:
+    raised = RankedMaps(scene.ranked.pixels + 100, scene.ranked.ranks)
+    one, other = (SaCo(groups=7).measure(scene.batch, maps, scene.batch.predicted)["saco"] for maps in (scene.ranked, raised))
+    assert torch.allclose(one, other, atol=1e-9)
 
 
 def test_the_ablation_switches_parts_on_one_after_the_other() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -89,7 +90,10 @@ def test_every_row_has_every_figure(whole) -> None:
 
 def test_results_come_back_from_their_file(whole) -> None:
     results = whole.summary()
-    assert Results.from_json(results.to_json()) == replace(results, settings=Results.from_json(results.to_json()).settings)
+    again = Results.from_json(results.to_json())
+    assert again == replace(results, settings=again.settings)
+    assert again.settings == json.loads(json.dumps(results.settings)), "tuples become lists"
+    assert again.settings["methods"]["tokentm"]["name"] == "tokentm"
 
 
 def test_the_negated_map_swaps_positive_and_negative(whole) -> None:
@@ -241,8 +245,96 @@ def test_masks_follow_the_photo_through_either_geometry(demo, tmp_path) -> None:
 def test_the_ablation_has_rows_of_its_own(demo, source, tmp_path) -> None:
     results = Evaluation(demo, source.select(slice(0, 2)), ["rollout"], ["perturbation", "ablation"], tmp_path).run()
     rows = {protocol: {f.method for f in results.figures if f.protocol == protocol} for protocol in ("perturbation", "ablation")}
-    assert rows["ablation"] == set(VARIANTS)
+    assert rows["ablation"] == {*VARIANTS, "random", "centre prior", "negated rollout"}
     assert rows["perturbation"] == {"rollout", "random", "centre prior", "negated rollout"}
+
+
+def test_an_ablation_by_itself_has_controls_and_a_gallery(demo, source, tmp_path) -> None:
+    evaluation = Evaluation(demo, source.select(slice(0, 2)), ["rollout"], "ablation", tmp_path)
+    results = evaluation.run()
+    assert list(results.methods) == [*VARIANTS, "random", "centre prior", "negated + NECC (tokentm)"]
+    assert set(choose_gallery(evaluation, 1)[0].maps) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("metric", ["Sparseness", "Complexity"])
+def test_quantus_beside_the_controls_it_can_take(demo, source, tmp_path, metric: str) -> None:
+    protocols = ["average_drop", f"quantus:metric={metric}"]
+    results = Evaluation(demo, source.select(slice(0, 2)), "tokentm", protocols, tmp_path, resamples=5).run()
+    rows = {column.metric: [f.method for f in results.figures if f.metric == column.metric] for column in results.columns}
+    assert rows["average drop"] == ["tokentm", "random", "centre prior", "negated tokentm"]
+    assert rows[metric] == ["tokentm", "random", "centre prior"]
+
+
+def test_a_metric_that_has_a_number_for_no_image_has_no_figure(demo, source, tmp_path, monkeypatch) -> None:
+    from vitexplain.evaluate.protocols import quantus
+
+    def scores(metric: object, model: object, images: torch.Tensor, *rest: object, **keywords: object) -> np.ndarray:  # noqa: ARG001
+        return np.array([np.nan, 2.0][: len(images)]) if rest[1].min() >= 0 else np.full(len(images), np.nan)
+
+    monkeypatch.setattr(quantus, "quantus_scores", scores)
+    results = Evaluation(demo, source.select(slice(0, 2)), ["tokentm", "attcat"], "quantus", tmp_path, controls=False).run()
+    ((figure,), (column,)) = results.figures, results.columns
+    assert (figure.method, figure.mean, figure.count) == ("tokentm", 2.0, 1)
+    assert column.contenders == ("tokentm",)
+    Results.from_json(results.to_json())
+
+
+def test_a_model_that_overflows_on_changed_images_is_an_error_before_anything_is_kept(demo, source, tmp_path) -> None:
+    def overflow(module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+        black = (args[0] == args[0].flatten(2)[:, :, :1].unsqueeze(-1)).flatten(1).all(1)
+        return output.masked_fill(black.unsqueeze(1), float("nan"))
+
+    handle = demo.model.register_forward_hook(overflow)
+    evaluation = Evaluation(demo, source, "rollout", "perturbation", tmp_path)
+    with pytest.raises(InputError, match=r"expected finite logits, received NaN or infinity \(model in torch.float32\)"):
+        evaluation.run()
+    handle.remove()
+    assert not evaluation.journal.has(0)
+
+
+def test_another_order_of_methods_is_another_evaluation(demo, source, tmp_path) -> None:
+    Evaluation(demo, source, ["rollout", "raw_attention"], "saco", tmp_path)
+    with pytest.raises(InputError, match=r"rows: \[\"rollout\", .* there, \[\"raw_attention\", .* asked for"):
+        Evaluation(demo, source, ["raw_attention", "rollout"], "saco", tmp_path)
+
+
+def test_another_preprocessing_is_another_evaluation(demo, source, tmp_path) -> None:
+    Evaluation(demo, source, "rollout", "saco", tmp_path)
+    other = replace(demo, config={**demo.config, "mean": (0.1, 0.2, 0.3)})
+    with pytest.raises(InputError, match=r"model.preprocessing.mean: .* there, \[0.1, 0.2, 0.3\] asked for"):
+        Evaluation(other, source, "rollout", "saco", tmp_path)
+
+
+def test_masks_are_read_only_where_a_protocol_asks_for_them(demo, folder, tmp_path) -> None:
+    photo = next(folder.rglob("*.png"))
+    (tmp_path / "mask.png").write_bytes(b"broken")
+    (tmp_path / "table.csv").write_text(f"path,mask\n{photo},mask.png\n")
+    source = open_source(tmp_path / "table.csv")
+    assert Evaluation(demo, source, "rollout", "average_drop", tmp_path / "a").run().left_out == ()
+    with pytest.raises(InputError, match="none of the 1 images"):
+        Evaluation(demo, source, "rollout", "localisation", tmp_path / "b").run()
+
+
+def test_single_texts_are_as_good_as_lists(demo, source, tmp_path) -> None:
+    evaluation = Evaluation(demo, source, "gmar:norm=l2", "saco", tmp_path, explained="gt")
+    assert list(evaluation.methods) == ["gmar:norm=l2"]
+    assert evaluation.explained == ("gt",)
+    mapped = Evaluation(demo, source, {"mine": "gmar:norm=l2"}, "saco", tmp_path / "other")
+    assert mapped.methods == {"mine": GMAR(norm="l2")}
+
+
+@pytest.mark.parametrize("package", ["jinja2", "sklearn"])
+def test_an_extra_that_is_absent_is_named_before_any_work(demo, folder, tmp_path, monkeypatch, package: str) -> None:
+    import vitexplain.evaluate as evaluate_module
+    from vitexplain.evaluate import runner
+
+    for module in (evaluate_module, runner):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
+    photo = next(folder.rglob("*.png"))
+    (tmp_path / "table.csv").write_text(f"path,mask\n{photo},{photo}\n")
+    with pytest.raises(InputError, match=r"pip install 'vitexplain\[evaluate\]'"):
+        evaluate(demo, open_source(tmp_path / "table.csv"), "rollout", "localisation", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_methods_with_options_stand_under_the_text_they_were_asked_by(demo, source, tmp_path) -> None:
@@ -277,6 +369,19 @@ def test_bfloat16_forwards_are_reported_and_near(whole, demo, source, tmp_path) 
         ({"dtype": "int8"}, InputError, "dtype: expected one of float32"),
         ({"explain_dtype": "half"}, InputError, "explain_dtype: expected one of float32"),
         ({"batch": 0}, InputError, "batch: expected at least 1, received 0"),
+        ({"forward_batch": -1}, InputError, "forward_batch: expected at least 1, received -1"),
+        ({"resamples": 0}, InputError, "resamples: expected at least 1, received 0"),
+        ({"seed": -1}, InputError, "seed: expected at least 0, received -1"),
+        (
+            {"methods": {"random": "gmar"}},
+            InputError,
+            "expected one that no control or variant of the ablation has, received 'random'",
+        ),
+        ({"methods": {"+ length": "gmar"}}, InputError, "received '\\+ length'"),
+        ({"methods": {"a": "gmar", "negated a": "rollout"}}, InputError, "received 'negated a'"),
+        ({"methods": {1: "gmar"}}, InputError, "expected labels that are text, received 1"),
+        ({"methods": ["gmar", " gmar"]}, InputError, "expected each method once"),
+        ({"methods": ["gmar:norm=l1,norm=l2"]}, InputError, "option 'norm' of gmar: expected once, received twice"),
         ({"backend": "cuda"}, InputError, "backend: expected one of"),
     ],
 )
@@ -308,13 +413,20 @@ def test_a_transformers_model_is_evaluated_by_its_logits(folder, tmp_path) -> No
     assert {figure.count for figure in results.figures} == {6}
 
 
-def test_a_model_of_text_is_refused(source, tmp_path) -> None:
+def test_a_model_of_text_is_refused(folder, tmp_path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is an extra, and is not installed")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
     preprocessing = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(UnsupportedModelError, match="expected a model of images, received BertForSequenceClassification"):
-        Evaluation(LoadedModel("bert", model, preprocessing, None), source, ["rollout"], ["saco"], tmp_path / "out")
+        Evaluation(LoadedModel("bert", model, preprocessing, None), open_source(folder / "cat"), "rollout", "saco", tmp_path)
+
+
+def test_labels_out_of_range_are_found_before_any_work(demo, folder, tmp_path) -> None:
+    photo = next(folder.rglob("*.png"))
+    (tmp_path / "table.csv").write_text(f"path,label\n{photo},10\n")
+    with pytest.raises(InputError, match=r"label: expected a class from 0 to 9, received 10 for image"):
+        Evaluation(demo, open_source(tmp_path / "table.csv"), "rollout", "saco", tmp_path / "out")
 
 
 def test_labels_are_needed_to_explain_them(demo, folder, tmp_path) -> None:

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from vitexplain.evaluate import statistics
-from vitexplain.evaluate.protocols.base import Metric
-from vitexplain.evaluate.statistics import Bootstrap, ends, standing
+from vitexplain.evaluate.statistics import LEAST_IMAGES, Bootstrap, ends, standing
 
 from . import slow_metrics as slow
-
-MEAN = Metric("mean", "higher", "", lambda raw: raw["x"][:, None])
-RATIO = Metric("ratio", "higher", "", lambda raw: raw["x"], lambda means: means[..., 0] / means[..., 1])
 
 
 def _counts(bootstrap: Bootstrap) -> np.ndarray:
@@ -22,21 +18,19 @@ def _counts(bootstrap: Bootstrap) -> np.ndarray:
 def test_the_interval_of_a_mean_is_that_of_the_slow_bootstrap() -> None:
     values = np.random.default_rng(1).normal(size=37)
     bootstrap = Bootstrap(37, 500, seed=3)
-    mean, resampled = bootstrap.values(values[:, None], MEAN)
-    assert mean == pytest.approx(values.mean(), abs=1e-12)
+    (resampled,) = bootstrap.means(values[:, None]).T
     counts = _counts(bootstrap)
     assert counts.shape == (500, 37)
     assert (counts.sum(1) == 37).all()
     assert ends(resampled) == pytest.approx(slow.bootstrap_interval(values, counts), abs=1e-12)
 
 
-def test_a_ratio_of_sums_is_resampled_as_one() -> None:
+def test_columns_share_their_draws_so_that_a_ratio_of_sums_is_resampled_as_one() -> None:
     columns = np.random.default_rng(2).uniform(1, 2, (20, 2))
     bootstrap = Bootstrap(20, 50, seed=0)
-    value, resampled = bootstrap.values(columns, RATIO)
-    assert value == pytest.approx(columns[:, 0].sum() / columns[:, 1].sum())
+    means = bootstrap.means(columns)
     counts = _counts(bootstrap)
-    assert resampled == pytest.approx((counts @ columns[:, 0]) / (counts @ columns[:, 1]))
+    assert means[:, 0] / means[:, 1] == pytest.approx((counts @ columns[:, 0]) / (counts @ columns[:, 1]))
 
 
 def test_blocks_do_not_change_the_draws(monkeypatch) -> None:
@@ -51,18 +45,9 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for trial in range(200):
-        low, high = ends(Bootstrap(60, 400, seed=trial).values(rng.normal(0.3, 1, (60, 1)), MEAN)[1])
+        low, high = ends(Bootstrap(60, 400, seed=trial).means(rng.normal(0.3, 1, (60, 1)))[:, 0])
         inside += low <= 0.3 <= high
     assert 0.88 <= inside / 200 <= 0.99
-
-
-def test_a_band_has_an_interval_at_each_point() -> None:
-    points = np.random.default_rng(4).normal([0, 10, 20], size=(30, 3))
-    mean, low, high = Bootstrap(30, 300, seed=0).band(points)
-    assert mean == pytest.approx(points.mean(0))
-    assert (low < mean).all()
-    assert (mean < high).all()
-    assert high[0] < low[1]
 
 
 @pytest.mark.parametrize(("better", "sign"), [("higher", 1), ("lower", -1)])
@@ -75,7 +60,28 @@ def test_a_winner_needs_a_paired_difference_without_zero(better: str, sign: int)
         "c": sign * (shared - 0.5 + 0.01 * rng.normal(size=1000)),
     }
     values = {label: float(spread.mean()) for label, spread in resampled.items()}
-    assert standing(values, resampled, better) == ("a", ("a",)), "the difference is certain, however wide the intervals"
+    assert standing(values, resampled, better, 100) == ("a", ("a",)), "the difference is certain, however wide the intervals"
     resampled["b"] = resampled["b"] + rng.normal(size=1000)
-    assert standing(values, resampled, better) == (None, ("a", "b"))
-    assert standing({"b": values["b"]}, {"b": resampled["b"]}, better) == ("b", ("b",))
+    assert standing(values, resampled, better, 100) == (None, ("a", "b"))
+    assert standing({"b": values["b"]}, {"b": resampled["b"]}, better, 100) == ("b", ("b",))
+    assert standing({}, {}, better, 100) == (None, ())
+
+
+def test_few_images_have_no_winner() -> None:
+    resampled = {"a": np.full(10, 1.0), "b": np.full(10, 2.0)}
+    values = {"a": 1.0, "b": 2.0}
+    assert standing(values, resampled, "higher", LEAST_IMAGES - 1) == (None, ("b", "a"))
+    assert standing(values, resampled, "higher", LEAST_IMAGES) == ("b", ("b",))
+
+
+def test_two_equal_methods_seldom_have_a_winner() -> None:
+    rng = np.random.default_rng(0)
+    won = 0
+    for trial in range(200):
+        scores = rng.normal(size=(LEAST_IMAGES, 2))
+        means = Bootstrap(LEAST_IMAGES, 400, seed=trial).means(scores)
+        winner, _ = standing(
+            dict(zip("ab", scores.mean(0), strict=True)), dict(zip("ab", means.T, strict=True)), "higher", LEAST_IMAGES
+        )
+        won += winner is not None
+    assert won / 200 < 0.12

@@ -48,8 +48,8 @@ def guarded(work: Any) -> None:
     except (Failure, ExplanationError) as error:
         complain(str(error))
         raise typer.Exit(1) from error
-    except RuntimeError as error:
-        message = str(error).strip().splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        message = next(iter(str(error).strip().splitlines()), "out of memory" if isinstance(error, MemoryError) else "")
         if "memory" not in message:  # a defect of ours: let it be seen whole
             raise
         complain(f"{message} (a smaller --batch needs less)")
@@ -78,21 +78,39 @@ def prepare_hub(model: str, weights: Path | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def method_names(asked: list[str] | None) -> list[str]:
+    """The methods asked for, ``all`` in its place for each of this library's own that is not named besides."""
+    from ..methods import own_methods
+
+    asked = asked or ["tokentm"]
+    if "all" not in asked:
+        return asked
+    place = asked.index("all")
+    others = [name for name in asked if name != "all"]
+    own = [name for name in own_methods() if name not in others]
+    return [*others[:place], *own, *others[place:]]
+
+
 class progress:
-    """A progress bar on standard error; calls nothing where it is not enabled."""
+    """A progress bar on standard error, from the first step on; none where it is not enabled."""
 
     def __init__(self, what: str, total: int, *, enabled: bool = True) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
+        # The time left comes from steps of this period; a step of many images and methods can take minutes.
+        self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled, speed_estimate_period=3600)
         self.total = total
 
     def __enter__(self) -> Any:
-        self.bar.start()
         task = self.bar.add_task("images", total=self.total)
-        return lambda count: self.bar.advance(task, count)
+
+        def advance(count: int) -> None:
+            self.bar.start()
+            self.bar.advance(task, count)
+
+        return advance
 
     def __exit__(self, *exception: object) -> None:
         self.bar.stop()

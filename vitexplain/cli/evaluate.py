@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Failure, app, guarded, prepare_hub, progress
+from .app import Failure, app, guarded, method_names, prepare_hub, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,13 +59,13 @@ def evaluate(
     controls: Annotated[
         bool, typer.Option(help="Measure a random map, a centre prior and the first method's negated map beside the methods.")
     ] = True,
-    batch: Annotated[int, typer.Option(help="Images explained at once.", min=1)] = 8,
+    batch: Annotated[int | None, typer.Option(help="Images explained at once. Default: 8 on a CPU, 32 on a GPU.", min=1)] = None,
     forward_batch: Annotated[
         int | None, typer.Option(help="Changed images in one forward. Default: 64 on a CPU, 512 on a GPU.", min=1)
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the forwards on changed images: float32, bfloat16 or float16.")] = "float32",
     explain_dtype: Annotated[str, typer.Option(help="Of the explanations: float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of ties, random maps and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of ties, random maps and the bootstrap.", min=0)] = 0,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the images for the intervals.", min=1)] = 2000,
     gallery: Annotated[int, typer.Option(help="Photos in the report, those the methods disagree on most first.", min=0)] = 12,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -120,15 +121,14 @@ def _evaluate(
     output: Path,
     settings: dict[str, Any],
 ) -> None:
-    if output.exists() and not output.is_dir():
+    if os.path.isfile(output):
         raise Failure(f"output: expected a folder, received the file {str(output)!r}")
     prepare_hub(model, weights)
     from ..evaluate import evaluate as run
     from ..loading import load_model
-    from ..methods import own_methods
     from ..sources import open_source
 
-    names = own_methods() if methods and "all" in methods else methods or ["tokentm"]
+    names = method_names(methods)
     loaded = load_model(model, weights, device)
     source = open_source(where["path"], split=where["split"], images=where["images"], classes=loaded)
     with progress("evaluating", len(source)) as advance:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import DTYPES, Failure, app, complain, guarded, prepare_hub, progress
+from .app import DTYPES, Failure, app, complain, guarded, method_names, prepare_hub, progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -185,9 +185,8 @@ class _Session:
         backend: str = "auto",
     ) -> None:
         from ..explainer import Explainer
-        from ..methods import own_methods
 
-        names = own_methods() if method and "all" in method else method or ["tokentm"]
+        names = method_names(method)
         self.loaded = loaded
         self.targets = [loaded.class_index(text) for text in target or []]
         self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or [], names))

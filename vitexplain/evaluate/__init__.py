@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..methods import MethodChoice
 from ..sources import Source
 from .curves import save_curves
 from .gallery import choose_gallery
+from .journal import write_whole
 from .protocols import PROTOCOLS, Protocol
 from .report import write_report
 from .results import Results
@@ -25,7 +27,7 @@ def evaluate(
     model: LoadedModel,
     source: Source,
     methods: MethodChoice,
-    protocols: Iterable[str | Protocol],
+    protocols: str | Protocol | Iterable[str | Protocol],
     output: str | Path,
     *,
     gallery: int = 12,
@@ -48,6 +50,8 @@ def evaluate(
     Raises:
         InputError, UnknownNameError, UnsupportedModelError: something does not fit.
     """
+    if find_spec("jinja2") is None:
+        raise InputError("the report needs jinja2: pip install 'vitexplain[evaluate]'")
     evaluation = Evaluation(model, source, methods, protocols, output, **settings)
     results = evaluation.run(progress)
     write_results(evaluation, results, gallery=gallery)
@@ -61,11 +65,8 @@ def write_results(evaluation: Evaluation, results: Results, *, gallery: int = 12
         InputError: one of them cannot be written.
     """
     output = evaluation.output
-    try:
-        (output / "results.json").write_text(results.to_json(), encoding="utf-8")
-        (output / "results.md").write_text(markdown(results), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"output: cannot write into {str(output)!r}: {error.strerror or error}") from error
+    write_whole(output / "results.json", results.to_json().encode())
+    write_whole(output / "results.md", markdown(results).encode())
     curves = save_curves(results, output / "curves")
     report = write_report(results, choose_gallery(evaluation, gallery), output / "report.html")
     return [output / "results.json", output / "results.md", *curves, report]

@@ -35,6 +35,7 @@ class Classifier:
         self.dtype, self.device = parameter.dtype, parameter.device
         self.mean, self.std = torch.tensor(mean, device=self.device), torch.tensor(std, device=self.device)
         self.num_forwarded = 0
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     @property
     def black(self) -> Tensor:
@@ -69,9 +70,15 @@ class Classifier:
             outputs.append(self._forward(torch.where(inside.view(-1, 1, height, width), substrate[row], images[row])))
         return torch.cat(outputs)
 
+    def check_finite(self) -> None:
+        """Raise ``InputError`` where the model has ever said NaN or infinity; asked once a batch, as it waits for the device."""
+        if not bool(self._finite):
+            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {self.dtype})")
+
     def _forward(self, images: Tensor) -> Tensor:
         self.num_forwarded += len(images)
         logits = self.anatomy.run(images.to(self.dtype))
+        self._finite = self._finite & torch.isfinite(logits).all()
         return logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
 
 
@@ -169,11 +176,11 @@ class Batch:
         """
         size = len(self.images)
         length = spans[:, 1] - spans[:, 0]
-        empty, whole = length == 0, length == self.num_pixels
+        whole = (length == self.num_pixels).nonzero().squeeze(1)
+        chosen = ((length > 0) & (length < self.num_pixels)).nonzero().squeeze(1)
         found = self.clean.unsqueeze(1).repeat(1, len(spans), 1)
-        if whole.any():
+        if len(whole):
             found[:, whole.to(found.device)] = self._of_substrate(substrate).unsqueeze(1)
-        chosen = (~(empty | whole)).nonzero().squeeze(1)
         if len(chosen):
             rows = torch.arange(size).repeat_interleave(len(chosen))
             jobs = torch.cat([rows.unsqueeze(1), spans[chosen].repeat(size, 1)], 1)
@@ -213,7 +220,9 @@ class RankedMaps:
         if not bool(finite.all()):
             name = batch.ids[int((~finite).nonzero()[0])]
             raise InputError(f"map of {label!r} for image {name!r}: expected finite values, received NaN or infinity")
-        pixels = upsample(maps.to(accumulation_dtype(maps.dtype)), tuple(batch.images.shape[-2:]))
+        # In double precision, so that what is equal on the grid stays equal and no rounding orders it by its place.
+        exact = upsample(maps.double(), tuple(batch.images.shape[-2:]))
+        pixels = exact.to(accumulation_dtype(maps.dtype))
         shuffled = pixels.flatten(1).gather(1, batch.tie_order)
         order = batch.tie_order.gather(1, shuffled.argsort(dim=1, descending=True, stable=True))
         positions = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)

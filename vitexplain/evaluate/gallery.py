@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
@@ -32,15 +33,18 @@ def _standard_ranks(values: np.ndarray) -> np.ndarray:
 
 def choose_gallery(evaluation: Evaluation, count: int) -> list[GalleryPhoto]:
     """The ``count`` photos with the largest disagreement between methods, the largest first."""
-    methods = [label for label, row in evaluation.rows.items() if row.entry.kind == "method"]
-    found = []
+    methods = [label for label, row in evaluation.rows.items() if row.entry.kind != "control"]
+    largest = heapq.nsmallest(count, _candidates(evaluation, methods), key=lambda item: (-item[0], item[1]))
+    return [_photo(evaluation, *item) for item in largest]
+
+
+def _candidates(evaluation: Evaluation, methods: list[str]) -> Iterator[tuple[float, str, dict[str, np.ndarray], str]]:
+    """Disagreement, name, maps and caption of every photo."""
     for number in range(evaluation.num_chunks):
         arrays, _ = evaluation.journal.read(number)
         for row, name in enumerate(arrays.get("ids", ())):
             maps = {label: arrays[f"map{BETWEEN}{label}"][row].astype(np.float32) for label in methods}
-            found.append((disagreement(maps), str(name), maps, _caption(evaluation, arrays, row)))
-    found.sort(key=lambda item: (-item[0], item[1]))
-    return [_photo(evaluation, *item) for item in found[:count]]
+            yield disagreement(maps), str(name), maps, _caption(evaluation, arrays, row)
 
 
 def _caption(evaluation: Evaluation, arrays: Mapping[str, np.ndarray], row: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class Journal:
     def __init__(self, output: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.folder = output / FOLDER
         try:
-            if overwrite and self.folder.exists():
-                shutil.rmtree(self.folder)
+            if overwrite:
+                _remove_all(output)
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink()
@@ -44,17 +44,23 @@ class Journal:
     def _claim(self, settings: dict[str, Any]) -> None:
         path = self.folder / _SETTINGS
         if not path.exists():
-            self._write(path, json.dumps(settings, indent=1).encode())
+            if any(self.folder.glob("chunk_*")):
+                raise InputError(
+                    f"output: expected {_SETTINGS} beside what stands in {str(self.folder)!r}, to know what it is; use another "
+                    "folder, or --overwrite"
+                )
+            write_whole(path, json.dumps(settings, indent=1).encode())
             return
         try:
             standing = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"output: {str(path)!r} is damaged: expected JSON; use another folder, or --overwrite") from error
         settings = json.loads(json.dumps(settings))
-        different = [name for name in {**standing, **settings} if standing.get(name) != settings.get(name)]
+        different = list(_differences(standing, settings))
         if different:
+            shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
             raise InputError(
-                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({', '.join(sorted(different))}); "
+                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({shown}); "
                 "expected the same ones to go on with it, another folder, or --overwrite"
             )
 
@@ -95,10 +101,43 @@ class Journal:
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk_{number:06d}.npz"
 
-    def _write(self, path: Path, content: bytes) -> None:
-        partial = path.with_suffix(".partial")
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        except OSError as error:
-            raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def _remove_all(output: Path) -> None:
+    """Take away what an evaluation wrote; what it measured at once, so that no part of it can be taken for another's."""
+    measured = output / FOLDER
+    if measured.exists():
+        doomed = measured.with_name(f"{FOLDER}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        measured.rename(doomed)
+        shutil.rmtree(doomed)
+    shutil.rmtree(output / "curves", ignore_errors=True)
+    for name in ("results.json", "results.md", "report.html"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _differences(standing: Any, asked: Any, path: str = "") -> Iterator[str]:
+    """Where two settings differ, each with what stands there and what was asked for."""
+    if isinstance(standing, dict) and isinstance(asked, dict):
+        for name in {**standing, **asked}:
+            yield from _differences(standing.get(name), asked.get(name), f"{path}.{name}".removeprefix("."))
+    elif standing != asked:
+        yield f"{path}: {_brief(standing)} there, {_brief(asked)} asked for"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:59] + "…"

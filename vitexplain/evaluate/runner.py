@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,23 @@ from ..environment import environment
 from ..errors import InputError, UnsupportedModelError
 from ..explainer import Explainer
 from ..loading import LoadedModel, Preprocess
-from ..methods import Method, MethodChoice, build_methods, method_from_text
+from ..methods import CaptumMethod, Method, MethodChoice, build_methods, method_from_text
 from ..models import read_anatomy
 from ..sources import Source
 from .batch import Batch, Classifier, RankedMaps
 from .controls import CONTROLS, control_maps
 from .journal import Journal
-from .protocols import Ablation, Protocol, build_protocols
-from .protocols.ablation import VARIANTS
+from .protocols import Ablation, Protocol, Quantus, build_protocols
+from .protocols.ablation import VARIANTS, WHOLE
 from .results import MethodEntry, Results
 from .summary import Raw, summarise
 
 EXPLAINED = ("pred", "gt")
 RESIZE = ("auto", "model", "squash")
 DTYPES = ("float32", "bfloat16", "float16")
-VERSIONS = ("vitexplain", "torch", "timm", "numpy", "scikit-learn")
+VERSIONS = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+DEFAULT_BATCHES = {"cpu": (8, 64), "gpu": (32, 512)}
 BETWEEN = "|"  # parts of an array's name in a chunk
 
 Progress = Callable[[int, int], None]
@@ -65,14 +68,16 @@ class Evaluation:
     Args:
         model: with its preprocessing; see ``load_model``.
         source: of images; see ``open_source``.
-        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to methods.
+        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to any of these. The
+            ablation has rows of its own and leaves them aside.
         protocols: names, ``NAME:OPTION=VALUE,…`` texts or ``Protocol`` instances.
         output: the folder that keeps what was measured. What stands there is gone on with.
         explained: the classes that are explained: ``"pred"``, the predicted one, ``"gt"``, the label, or both.
-        controls: also measure random maps, a centre prior, and the first method's negated maps.
+        controls: also measure random maps, a centre prior, and the first method's negated maps (in an ablation by itself:
+            those of the whole ``tokentm``).
         resize: ``"model"``, the model's own preprocessing; ``"squash"``, the whole photo; ``"auto"``, squash where a protocol
             reads masks.
-        batch: images explained at once.
+        batch: images explained at once; None for 8 on a CPU and 32 on a GPU.
         forward_batch: changed images in one forward; None for 64 on a CPU and 512 on a GPU.
         dtype: element type of the forwards on changed images.
         explain_dtype: of the explanations.
@@ -90,13 +95,13 @@ class Evaluation:
         model: LoadedModel,
         source: Source,
         methods: MethodChoice,
-        protocols: Iterable[str | Protocol],
+        protocols: str | Protocol | Iterable[str | Protocol],
         output: str | Path,
         *,
-        explained: Iterable[str] = ("pred",),
+        explained: str | Iterable[str] = ("pred",),
         controls: bool = True,
         resize: str = "auto",
-        batch: int = 8,
+        batch: int | None = None,
         forward_batch: int | None = None,
         dtype: str = "float32",
         explain_dtype: str = "float32",
@@ -107,23 +112,25 @@ class Evaluation:
     ) -> None:
         self.model, self.source, self.output = model, source, Path(output)
         self.methods = _build_methods(methods)
-        self.protocols = build_protocols(protocols)
-        self.explained = tuple(dict.fromkeys(explained))
-        self.batch, self.seed, self.resamples = batch, seed, resamples
+        self.protocols = build_protocols([protocols] if isinstance(protocols, str | Protocol) else protocols)
+        self.explained = tuple(dict.fromkeys([explained] if isinstance(explained, str) else explained))
+        device = next(model.model.parameters()).device
+        default_batch, default_forward_batch = DEFAULT_BATCHES["cpu" if device.type == "cpu" else "gpu"]
+        self.batch = default_batch if batch is None else batch
+        self.forward_batch = default_forward_batch if forward_batch is None else forward_batch
+        self.seed, self.resamples = seed, resamples
         self._check(resize, dtype, explain_dtype)
-        masks = any(protocol.needs_masks for protocol in self.protocols.values())
-        self.resize = resize if resize != "auto" else "squash" if masks else "model"
+        self.needs_masks = any(protocol.needs_masks for protocol in self.protocols.values())
+        self.resize = resize if resize != "auto" else "squash" if self.needs_masks else "model"
         self.preprocess: Preprocess = model.preprocess(self.resize)
         self.rows = self._rows(controls)
-        device = next(model.model.parameters()).device
-        self.forward_batch = forward_batch or (64 if device.type == "cpu" else 512)
         anatomy = read_anatomy(_in_dtype(model.model, dtype))
         if anatomy.grid is None:
             raise UnsupportedModelError(f"evaluate: expected a model of images, received {type(anatomy.model).__name__}")
         self.grid = anatomy.grid(*model.input_size)
         self.classifier = Classifier(anatomy, model.mean, model.std, self.forward_batch)
         self.explainer = Explainer(_in_dtype(model.model, explain_dtype), self._explained_methods(), backend)
-        self.environment = environment(device, VERSIONS)
+        self.environment = environment(device, self._packages())
         self.settings = self._settings(controls, dtype, explain_dtype, backend)
         self.journal = Journal(self.output, {**self.settings, "environment": self.environment}, overwrite=overwrite)
 
@@ -142,31 +149,51 @@ class Evaluation:
                 raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received {value!r}")
         if not self.explained:
             raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received none")
-        for name, value in (("batch", self.batch), ("resamples", self.resamples)):
-            if value < 1:
-                raise InputError(f"{name}: expected at least 1, received {value}")
+        numbers = {"batch": 1, "forward_batch": 1, "resamples": 1, "seed": 0}
+        for name, least in numbers.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name}: expected at least {least}, received {getattr(self, name)}")
         if "gt" in self.explained and not self.source.has_labels:
             raise InputError(f"explained: 'gt' needs labels, and {self.source.name!r} ({self.source.kind}) has none")
         for label, protocol in self.protocols.items():
             if protocol.needs_masks and not self.source.has_masks:
                 raise InputError(f"protocol {label!r} needs masks, and {self.source.name!r} ({self.source.kind}) has none")
-        for label in self.methods:
+            if protocol.needs_scikit_learn and find_spec("sklearn") is None:
+                raise InputError(f"protocol {label!r} needs scikit-learn: pip install 'vitexplain[evaluate]'")
+        taken = {*CONTROLS, *VARIANTS, *(f"negated {label}" for label in self.methods)}
+        for label in (*self.methods, *self.protocols):
             if BETWEEN in label:
-                raise InputError(f"method: expected a label without {BETWEEN!r}, received {label!r}")
+                raise InputError(f"label: expected one without {BETWEEN!r}, received {label!r}")
+            if label in taken:
+                raise InputError(f"label: expected one that no control or variant of the ablation has, received {label!r}")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        count = self.model.num_classes
+        for name, label in zip(self.source.ids, self.source.labels or (), strict=False):
+            if not 0 <= label < count:
+                raise InputError(f"label: expected a class from 0 to {count - 1}, received {label} for image {name!r}")
 
     def _rows(self, controls: bool) -> dict[str, _Row]:
-        """By label: methods, controls, and the ablation's variants."""
+        """By label: methods, the ablation's variants, and controls."""
         ordinary = tuple(label for label, protocol in self.protocols.items() if not isinstance(protocol, Ablation))
         ablations = tuple(label for label, protocol in self.protocols.items() if isinstance(protocol, Ablation))
-        rows = {}
-        if ordinary:
-            rows = {label: _Row(_entry(method, "method"), ordinary) for label, method in self.methods.items()}
-        if ordinary and controls:
-            negated = f"negated {next(iter(self.methods))}"
-            rows |= {name: _Row(MethodEntry(name, "control"), ordinary) for name in (*CONTROLS, negated)}
-        if ablations:
-            rows |= {label: _Row(_entry(method, "ablation"), ablations) for label, method in VARIANTS.items()}
+        rows = {label: _Row(_entry(method, "method"), ordinary) for label, method in self.methods.items() if ordinary}
+        rows |= {label: _Row(_entry(method, "ablation"), ablations) for label, method in VARIANTS.items() if ablations}
+        self.negated = next(iter(self.methods)) if ordinary else WHOLE
+        if controls:
+            rows |= {name: _Row(MethodEntry(name, "control"), tuple(self.protocols)) for name in CONTROLS}
+            negatable = tuple(label for label, protocol in self.protocols.items() if protocol.takes_negated_maps)
+            if negatable:
+                rows[f"negated {self.negated}"] = _Row(MethodEntry(f"negated {self.negated}", "control"), negatable)
         return rows
+
+    def _packages(self) -> tuple[str, ...]:
+        """Whose versions the figures depend on."""
+        captum = any(isinstance(method, CaptumMethod) for method in self._explained_methods().values())
+        quantus = any(isinstance(protocol, Quantus) for protocol in self.protocols.values())
+        used = {"captum": captum, "quantus": quantus, "transformers": "transformers" in type(self.model.model).__module__}
+        return (*VERSIONS, *(name for name, is_used in used.items() if is_used))
 
     def _explained_methods(self) -> dict[str, Method]:
         return {label: {**VARIANTS, **self.methods}[label] for label, row in self.rows.items() if row.entry.kind != "control"}
@@ -176,8 +203,8 @@ class Evaluation:
             "model": {
                 "name": self.model.name,
                 "weights_sha256": weights_hash(self.model.model),
-                "input_size": list(self.model.input_size),
                 "resize": self.resize,
+                "preprocessing": {name: self.model.config.get(name) for name in PREPROCESSING},
             },
             "data": {
                 "name": self.source.name,
@@ -188,6 +215,7 @@ class Evaluation:
             "methods": {
                 label: {"name": method.name, "options": asdict(method)} for label, method in self._explained_methods().items()
             },
+            "rows": list(self.rows),
             "protocols": {label: {"name": p.name, "options": asdict(p)} for label, p in self.protocols.items()},
             "explained": list(self.explained),
             "controls": controls,
@@ -240,17 +268,16 @@ class Evaluation:
         samples, left_out = [], []
         for index in self._indices(number):
             try:
-                samples.append(self.source.sample(index))
+                samples.append(self.source.sample(index, masks=self.needs_masks))
             except InputError as error:
                 left_out.append({"id": self.source.ids[index], "reason": str(error)})
         if not samples:
             return _Loaded(None, (), None, None, tuple(left_out))
-        masks = any(protocol.needs_masks for protocol in self.protocols.values())
         return _Loaded(
             images=torch.stack([self.preprocess.image(sample.photo) for sample in samples]),
             ids=tuple(sample.id for sample in samples),
             labels=torch.tensor([sample.label for sample in samples]) if self.source.has_labels else None,
-            masks=torch.stack([self.preprocess.mask(sample.mask) for sample in samples]) if masks else None,
+            masks=torch.stack([self.preprocess.mask(sample.mask) for sample in samples]) if self.needs_masks else None,
             left_out=tuple(left_out),
         )
 
@@ -258,13 +285,16 @@ class Evaluation:
         """Arrays by name, images first, and notes."""
         if loaded.images is None:
             return {}, {"left_out": loaded.left_out, "seconds": {}, "forwarded": 0}
-        started, before = time.perf_counter(), self.classifier.num_forwarded
+        started = time.perf_counter()
         batch = self._batch(loaded)
+        before = self.classifier.num_forwarded
         targets = {"pred": batch.predicted} | ({} if batch.labels is None else {"gt": batch.labels})
         differing = (targets["gt"] != targets["pred"]).nonzero().squeeze(1) if "gt" in self.explained else None
         others = batch.take(differing) if differing is not None and len(differing) else None
         maps = self._maps(batch, batch.predicted)
         other_maps = None if others is None else self._maps(others, others.labels)
+        if batch.images.is_cuda:
+            torch.cuda.synchronize(batch.images.device)
         seconds = {"explaining": time.perf_counter() - started}
         arrays = {
             "ids": np.array(batch.ids),
@@ -283,6 +313,7 @@ class Evaluation:
                 seconds[protocol] = seconds.get(protocol, 0.0) + time.perf_counter() - begun
                 for (kind, name), values in found.items():
                     arrays[BETWEEN.join((label, protocol, kind, name))] = values
+        self.classifier.check_finite()
         seconds["all"] = time.perf_counter() - started
         return arrays, {
             "left_out": loaded.left_out,
@@ -295,10 +326,7 @@ class Evaluation:
         images = loaded.images.to(place, torch.float32)
         labels, masks = (None if tensor is None else tensor.to(place) for tensor in (loaded.labels, loaded.masks))
         clean = self.classifier.log_probabilities(images).clone()
-        if not bool(torch.isfinite(clean).all()):
-            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {self.classifier.dtype})")
-        if labels is not None and int(labels.max()) >= clean.shape[1]:
-            raise InputError(f"label: expected a class from 0 to {clean.shape[1] - 1}, received {int(labels.max())}")
+        self.classifier.check_finite()
         return Batch(images, loaded.ids, labels, masks, clean, self.classifier, self.seed)
 
     def _maps(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
@@ -310,15 +338,15 @@ class Evaluation:
 
     def _ranked(self, maps: Mapping[str, Tensor], batch: Batch) -> Iterator[RankedMaps]:
         """The maps of every row in turn, each sorted once; the negated control reverses those of the first method."""
-        first: RankedMaps | None = None
+        original: RankedMaps | None = None
         for label in self.rows:
             if label in maps:
                 ranked = RankedMaps.of(maps[label], batch, label)
-                first = ranked if first is None else first
+                original = ranked if label == self.negated else original
                 yield ranked
             else:
-                assert first is not None  # methods stand before controls
-                yield first.negated()
+                assert original is not None  # controls stand last
+                yield original.negated()
 
     def _measure(
         self,
@@ -385,16 +413,15 @@ class Evaluation:
 
 
 def _build_methods(methods: MethodChoice) -> dict[str, Method]:
-    if isinstance(methods, Mapping | Method):
-        return build_methods(methods, {})
-    texts = [methods] if isinstance(methods, str) else list(methods)
-    labelled = {
-        (item.name if isinstance(item, Method) else item): item if isinstance(item, Method) else method_from_text(item)
-        for item in texts
-    }
-    if len(labelled) < len(texts):
-        raise InputError(f"method: expected each method once, received {', '.join(map(str, texts))}")
-    return build_methods(labelled, {})
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    else:
+        asked = [methods] if isinstance(methods, str | Method) else list(methods)
+        pairs = [(item.name if isinstance(item, Method) else str(item).strip(), item) for item in asked]
+    built = {label: method_from_text(item) if isinstance(item, str) else item for label, item in pairs}
+    if len(built) < len(pairs):
+        raise InputError(f"method: expected each method once, received {', '.join(str(label) for label, _ in pairs)}")
+    return build_methods(built, {})
 
 
 def _entry(method: Method, kind: str) -> MethodEntry:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from .protocols.base import Metric
-
 INTERVAL = (0.025, 0.975)
+LEAST_IMAGES = 20  # for a winner: intervals of fewer are too narrow, of one they have no width at all
 _COUNTS_AT_ONCE = 2**24  # numbers of one block of resamples: 128 MiB
 
 
@@ -24,17 +23,10 @@ class Bootstrap:
     def __init__(self, count: int, resamples: int, seed: int) -> None:
         self.count, self.resamples, self.seed = count, resamples, seed
 
-    def values(self, columns: np.ndarray, metric: Metric) -> tuple[float, np.ndarray]:
-        """The metric of all images, and of every resample (R,), from what it reads of each image (n, c)."""
+    def means(self, columns: np.ndarray) -> np.ndarray:
+        """Means over every resample (R, c) of numbers of each image (n, c), in one pass over the draws."""
         columns = columns.astype(np.float64)
-        means = np.concatenate([weights @ columns for weights in self._weights()])
-        return float(metric.combine(columns.mean(0))), metric.combine(means)
-
-    def band(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, lower and upper end of the interval (L,) of (n, L) values."""
-        points = points.astype(np.float64)
-        low, high = np.quantile(np.concatenate([weights @ points for weights in self._weights()]), INTERVAL, axis=0)
-        return points.mean(0), low, high
+        return np.concatenate([weights @ columns for weights in self._weights()])
 
     def _weights(self) -> Iterator[np.ndarray]:
         """Blocks (r, n) of the share that each image has in each resample."""
@@ -46,24 +38,33 @@ class Bootstrap:
 
 
 def ends(resampled: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of resampled values (R,)."""
-    low, high = np.quantile(resampled, INTERVAL)
+    """The 95 % percentile interval of resampled values (R,); resamples without a value, NaN, are left aside."""
+    low, high = np.nanquantile(resampled, INTERVAL)
     return float(low), float(high)
 
 
-def standing(values: Mapping[str, float], resampled: Mapping[str, np.ndarray], better: str) -> tuple[str | None, tuple[str, ...]]:
+def standing(
+    values: Mapping[str, float], resampled: Mapping[str, np.ndarray], better: str, count: int
+) -> tuple[str | None, tuple[str, ...]]:
     """Who is best, where the intervals say so.
 
     Args:
-        values: the figure of each method.
-        resampled: its resamples (R,), the same images for every method.
+        values: the figure of each row.
+        resampled: its resamples (R,), the same images for every row.
         better: ``"lower"`` or ``"higher"``.
+        count: of images; with fewer than ``LEAST_IMAGES`` no row can be told from another.
 
     Returns:
-        The winner, if the paired difference to every other method has an interval without 0, else None; and the methods that
-        cannot be told from the best, the best among them.
+        The winner, if the paired difference to every other row has an interval without 0, else None; and the rows that cannot be
+        told from the best, the best first of all.
     """
+    if not values:
+        return None, ()
     sign = 1 if better == "higher" else -1
     best = max(values, key=lambda label: sign * values[label])
-    contenders = tuple(label for label in values if label == best or ends(sign * (resampled[best] - resampled[label]))[0] <= 0)
-    return (best if contenders == (best,) else None), contenders
+
+    def beaten(label: str) -> bool:
+        return count >= LEAST_IMAGES and ends(sign * (resampled[best] - resampled[label]))[0] > 0
+
+    contenders = (best, *(label for label in values if label != best and not beaten(label)))
+    return (best if len(contenders) == 1 and count >= LEAST_IMAGES else None), contenders

@@ -144,7 +144,10 @@ def method_from_text(text: str) -> Method:
 
 def _labelled(method: MethodChoice) -> dict[str, Method | type[Method]]:
     if isinstance(method, Mapping):
-        kinds = {str(label): item if isinstance(item, Method) else _lookup(item) for label, item in method.items()}
+        odd = next((label for label in method if not isinstance(label, str)), None)
+        if odd is not None:
+            raise InputError(f"method: expected labels that are text, received {odd!r}")
+        kinds = {label: item if isinstance(item, Method) else _lookup(item) for label, item in method.items()}
     else:
         asked = [method] if isinstance(method, str | Method) else list(method)
         listed = [item if isinstance(item, Method) else _lookup(item) for item in asked]

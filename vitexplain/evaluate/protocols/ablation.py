@@ -8,11 +8,12 @@ from typing import ClassVar
 from ...methods import TokenTM
 from .perturbation import Perturbation
 
+WHOLE = "+ NECC (tokentm)"
 VARIANTS: dict[str, TokenTM] = {
     "last block alone": TokenTM(aggregate=False, length=False, necc=False),
     "+ aggregate": TokenTM(length=False, necc=False),
     "+ length": TokenTM(necc=False),
-    "+ NECC (tokentm)": TokenTM(),
+    WHOLE: TokenTM(),
     "+ NECC × n": TokenTM(necc_scale="n"),
 }
 

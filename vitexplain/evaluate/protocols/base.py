@@ -32,6 +32,7 @@ class Metric:
         unit: ``"%"`` or ``""``.
         columns: from what was measured, arrays with images first, to (n, c) numbers an image.
         combine: from their means (…, c) to the figure (…); ratios of sums over the data set are ratios of means.
+        counted: how many images have a number, from the columns.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     unit: str
     columns: Callable[[Raw], np.ndarray]
     combine: Callable[[np.ndarray], np.ndarray] = first_column
+    counted: Callable[[np.ndarray], int] = len
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,22 @@ class Protocol(HasOptions):
     Class attributes:
         title: for listings.
         source: paper and table.
+        needs_scikit_learn: which is an extra.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
+    needs_scikit_learn: ClassVar[bool] = False
 
     @property
     def needs_masks(self) -> bool:
         """Whether the data must have masks."""
         return False
+
+    @property
+    def takes_negated_maps(self) -> bool:
+        """Whether the negated control can be measured."""
+        return True
 
     @abstractmethod
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import InputError
 from ...heatmap import min_max
 from ...options import option
 from ..batch import Batch, RankedMaps
@@ -29,6 +28,7 @@ class Localisation(Protocol):
     name: ClassVar[str] = "localisation"
     title: ClassVar[str] = "overlap with masks of the foreground"
     source: ClassVar[str] = "VTranM, Table 2 (left); Chefer et al. (CVPR 2021)"
+    needs_scikit_learn: ClassVar[bool] = True
 
     threshold: str = option("mean", "of the map's foreground: its own mean, or a half", choices=("mean", "half"))
 
@@ -60,10 +60,8 @@ class Localisation(Protocol):
 
 def _ranking(scaled: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Average precision and area under the ROC curve of each image, (B,) float64 each, by scikit-learn."""
-    try:
-        from sklearn.metrics import average_precision_score, roc_auc_score
-    except ImportError as error:
-        raise InputError("localisation needs scikit-learn: pip install 'vitexplain[evaluate]'") from error
+    from sklearn.metrics import average_precision_score, roc_auc_score  # an extra
+
     precision, auroc = [], []
     for scores, truth in zip(scaled.flatten(1).cpu().numpy(), masks.flatten(1).cpu().numpy(), strict=True):
         precision.append(average_precision_score(np.concatenate([~truth, truth]), np.concatenate([1 - scores, scores])))

@@ -47,6 +47,11 @@ class Quantus(Protocol):
         """Metrics of localisation do."""
         return reads_masks(self._metric)
 
+    @property
+    def takes_negated_maps(self) -> bool:
+        """Quantus refuses maps without a positive value."""
+        return False
+
     @cached_property
     def _metric(self) -> Any:
         pairs = [split_pair(pair) for pair in self.parameters.split(";")] if self.parameters else []
@@ -54,16 +59,16 @@ class Quantus(Protocol):
 
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:
         model = batch.classifier.anatomy.model
-        scores = quantus_scores(self._metric, model, batch.images, target, maps.pixels, masks=batch.masks)
+        scores = quantus_scores(self._metric, model, batch.images, target, maps.pixels, masks=batch.masks, seed=batch.seed)
         return {"score": torch.from_numpy(np.asarray(scores, dtype=np.float64))}
 
     def metrics(self, explained: str, *, labels: bool) -> tuple[Metric, ...]:  # noqa: ARG002
         direction = self._metric.score_direction.value
-        return (Metric(self.metric, direction, "", _score_and_whether, _mean_of_those),)
+        return (Metric(self.metric, direction, "", _score_and_whether, _mean_of_those, _have_one),)
 
 
 def _value(text: str) -> Any:
-    """A number, list or word."""
+    """A number, truth value or word."""
     try:
         return literal_eval(text)
     except (ValueError, SyntaxError):
@@ -77,4 +82,9 @@ def _score_and_whether(raw: Raw) -> np.ndarray:
 
 
 def _mean_of_those(means: np.ndarray) -> np.ndarray:
-    return means[..., 0] / np.maximum(means[..., 1], np.finfo(float).tiny)
+    """NaN where no image has one."""
+    return np.divide(means[..., 0], means[..., 1], out=np.full_like(means[..., 0], np.nan), where=means[..., 1] > 0)
+
+
+def _have_one(columns: np.ndarray) -> int:
+    return int(columns[:, 1].sum())

@@ -17,8 +17,9 @@ from .base import Metric, Protocol, of_class
 class SaCo(Protocol):
     """The salience-guided faithfulness coefficient, from −1 to 1.
 
-    Pixels fall into groups by rank; s_i is a group's sum of the map, d_i what the explained class's probability loses without it.
-    F = Σ_{i<j} w_ij / Σ_{i<j} |w_ij| with w_ij = s_i − s_j where d_i ≥ d_j, else −(s_i − s_j); 0 for a constant map.
+    Pixels fall into groups by rank; s_i is a group's mean of the map, d_i what the class's probability loses without it.
+    F = Σ_{i<j} w_ij / Σ_{i<j} |w_ij| with w_ij = s_i − s_j where d_i ≥ d_j, else −(s_i − s_j); 0 for a constant map. The paper's
+    sums are these means times the groups' size, which must be equal; means also serve where the pixels do not divide evenly.
     """
 
     name: ClassVar[str] = "saco"
@@ -35,9 +36,9 @@ class SaCo(Protocol):
         return {"saco": _coefficient(self._salience(maps, bounds), clean.double().exp() - log_p.double().exp())}
 
     def _salience(self, maps: RankedMaps, bounds: Tensor) -> Tensor:
-        """(B, groups) float64: the sum of the map over each group."""
+        """(B, groups) float64: the mean of the map over each group."""
         by_rank = torch.empty_like(maps.pixels.flatten(1)).scatter_(1, maps.ranks.long(), maps.pixels.flatten(1)).double()
-        return torch.stack([by_rank[:, a:b].sum(1) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)], 1)
+        return torch.stack([by_rank[:, a:b].mean(1) for a, b in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)], 1)
 
     def metrics(self, explained: str, *, labels: bool) -> tuple[Metric, ...]:  # noqa: ARG002
         return (Metric("SaCo", "higher", "", lambda raw: raw["saco"][:, None]),)
