@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -303,3 +304,15 @@ def test_bad_photos_are_refused_in_one_line(tmp_path, pixels) -> None:
         with pytest.raises(InputError, match=message) as caught:
             load_photo(tmp_path / name if "\0" not in name else name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_a_mask_goes_the_way_of_its_photo(demo, crop_mode: str) -> None:
+    photo = np.zeros((48, 96, 3), np.uint8)
+    photo[16:32, 24:72] = 255
+    config = {**demo.config, "crop_mode": crop_mode, "crop_pct": 0.9 if crop_mode == "center" else 1.0}
+    preprocess = replace(demo, config=config).preprocess("model")
+    seen, mask = preprocess.seen(Image.fromarray(photo)), preprocess.mask(photo[..., 0] > 0)
+    assert mask.shape == (32, 32)
+    assert 0.05 < mask.float().mean() < 0.9
+    assert ((seen.float().mean(0) > 140) == mask).float().mean() > 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +18,31 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-PROTOCOLS = ("perturbation", "insertion_deletion", "average_drop", "saco")
+PROTOCOLS = ("perturbation", "insertion_deletion", "average_drop", "saco", "localisation", "ablation", "quantus")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     rng = np.random.default_rng(0)
+    lines = ["path,label,mask"]
     for i in range(12):
-        place = tmp_path / "photos" / ("cat", "dog")[i % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((32, 32)).save(place / f"{i}.png")
-    return tmp_path / "photos"
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((32, 32)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 2, (32, 32), dtype=np.uint8) * 255).save(tmp_path / f"mask{i}.png")
+        lines.append(f"{i}.png,{('cat', 'dog')[i % 2]},mask{i}.png")
+    (tmp_path / "photos.csv").write_text("\n".join(lines))
+    return tmp_path / "photos.csv"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_figures_are_those_of_the_cpu(folder, tmp_path, dtype: str) -> None:
+    extras = {"localisation": "sklearn", "quantus": "quantus"}  # the others are measured also where these are absent
+    protocols = [name for name in PROTOCOLS if name not in extras or find_spec(extras[name])]
     found = {}
     for device in ("cpu", "cuda"):
         model = load_model("demo", device=device)
         settings = {"explained": ("pred", "gt"), "dtype": dtype if device == "cuda" else "float32", "resamples": 20}
         source = open_source(folder, classes=model)
-        found[device] = Evaluation(model, source, ["tokentm", "rollout"], PROTOCOLS, tmp_path / device, **settings).run()
+        found[device] = Evaluation(model, source, ["tokentm", "rollout"], protocols, tmp_path / device, **settings).run()
     for figure, again in zip(found["cpu"].figures, found["cuda"].figures, strict=True):
         assert (figure.method, figure.metric, figure.explained) == (again.method, again.metric, again.explained)
         scale = 100 if abs(figure.mean) > 2 else 1

@@ -124,12 +124,14 @@ class Evaluation:
         self.resize = resize if resize != "auto" else "squash" if self.needs_masks else "model"
         self.preprocess: Preprocess = model.preprocess(self.resize)
         self.rows = self._rows(controls)
-        anatomy = read_anatomy(_in_dtype(model.model, dtype))
+        evaluated = _in_dtype(model.model, dtype)
+        explained_model = evaluated if dtype == explain_dtype else _in_dtype(model.model, explain_dtype)
+        anatomy = read_anatomy(evaluated)
         if anatomy.grid is None:
             raise UnsupportedModelError(f"evaluate: expected a model of images, received {type(anatomy.model).__name__}")
         self.grid = anatomy.grid(*model.input_size)
         self.classifier = Classifier(anatomy, model.mean, model.std, self.forward_batch)
-        self.explainer = Explainer(_in_dtype(model.model, explain_dtype), self._explained_methods(), backend)
+        self.explainer = Explainer(explained_model, self._explained_methods(), backend)
         self.environment = environment(device, self._packages())
         self.settings = self._settings(controls, dtype, explain_dtype, backend)
         self.journal = Journal(self.output, {**self.settings, "environment": self.environment}, overwrite=overwrite)
