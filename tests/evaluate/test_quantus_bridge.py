@@ -518,3 +518,12 @@ def test_without_quantus_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPatch)
     for call in (metric_names, lambda: build_metric("MPRT")):
         with pytest.raises(InputError, match=r"pip install 'vitexplain\[quantus\]'"):
             call()
+
+
+def test_a_quantus_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatch):
+    def fails(name: str) -> None:  # noqa: ARG001
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr("vitexplain.evaluate.quantus_bridge.importlib.import_module", fails)
+    with pytest.raises(InputError, match=r"cannot be imported: .*libGL.so.1: cannot open shared object file"):
+        metric_names()

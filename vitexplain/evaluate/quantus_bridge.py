@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 import random
 import warnings
@@ -118,6 +119,10 @@ def _quantus() -> Any:
     try:
         return importlib.import_module("quantus")
     except ImportError as error:
+        if importlib.util.find_spec("quantus") is not None:  # OpenCV, which it imports, needs system libraries such as libGL
+            raise InputError(
+                f"Quantus's metrics: the package quantus is there and cannot be imported: {_reason(error)}"
+            ) from error
         raise InputError("Quantus's metrics: expected the package quantus: pip install 'vitexplain[quantus]'") from error
 
 

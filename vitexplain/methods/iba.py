@@ -49,7 +49,8 @@ class IBA(Method):
     The map is Σ_l m_l for ``relevance="gradient"``. The others sum ρ_l m_l / max(m_l) with Σ_l ρ_l = 1: ``"gain"`` has
     ρ_l ∝ relu(u_l − u_{l−1}), ``"probability"`` the class probability that the head gives at the block, ``"uniform"`` 1/L.
 
-    A reconstruction: of the paper only the abstract is public.
+    A reconstruction: of the paper only the abstract is public. ``"gradient"`` is the default because it was ahead, though not
+    beyond the intervals, by AOPC on 250 photos with DeiT-Tiny; ``python -m bench.faithfulness`` reports it on 250 others.
     """
 
     name: ClassVar[str] = "iba"
