@@ -298,14 +298,7 @@ class Evaluation:
         if batch.images.is_cuda:
             torch.cuda.synchronize(batch.images.device)
         seconds = {"explaining": time.perf_counter() - started}
-        arrays = {
-            "ids": np.array(batch.ids),
-            "predicted": batch.predicted.cpu().numpy(),
-            "clean_log_p": batch.clean.amax(-1).cpu().numpy(),
-        }
-        if batch.labels is not None:
-            arrays["labels"] = batch.labels.cpu().numpy()
-        arrays |= {f"map{BETWEEN}{label}": _thumbnail(values, self.grid) for label, values in maps.items()}
+        arrays = self._about(batch, maps)
         ranked_maps = self._ranked(maps, batch)
         other_ranked_maps = repeat(None) if others is None else self._ranked(other_maps, others)
         for (label, row), ranked, other_ranked in zip(self.rows.items(), ranked_maps, other_ranked_maps):  # noqa: B905
@@ -322,6 +315,17 @@ class Evaluation:
             "seconds": seconds,
             "forwarded": self.classifier.num_forwarded - before,
         }
+
+    def _about(self, batch: Batch, maps: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """What is kept of each image besides what protocols measure."""
+        arrays = {
+            "ids": np.array(batch.ids),
+            "predicted": batch.predicted.cpu().numpy(),
+            "clean_log_p": batch.clean.amax(-1).cpu().numpy(),
+        }
+        if batch.labels is not None:
+            arrays["labels"] = batch.labels.cpu().numpy()
+        return arrays | {f"map{BETWEEN}{label}": _thumbnail(values, self.grid) for label, values in maps.items()}
 
     def _batch(self, loaded: _Loaded) -> Batch:
         place = self.classifier.device
