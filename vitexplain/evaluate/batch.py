@@ -232,10 +232,6 @@ class RankedMaps:
         """The maps with their sign changed: the order reversed, that of ties as well."""
         return RankedMaps(-self.pixels, self.ranks.shape[1] - 1 - self.ranks)
 
-    def take(self, rows: Tensor) -> RankedMaps:
-        """The maps of some images."""
-        return RankedMaps(self.pixels[rows], self.ranks[rows])
-
     @cached_property
     def scaled(self) -> Tensor:
         """(B, h, w) in [0, 1]: each map min–max scaled, a constant one to zeros."""
