@@ -13,6 +13,8 @@ from .errors import InputError, unknown_name
 
 UNSIGNED_COLORMAP = "inferno"
 SIGNED_COLORMAP = "RdBu_r"
+# by whether a map is signed: its colour map, and what its ends mean
+SCALES = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "against the class", "for the class")}
 
 
 def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:

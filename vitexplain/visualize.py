@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import InputError
-from .heatmap import SIGNED_COLORMAP, UNSIGNED_COLORMAP, as_photo, blend
+from .heatmap import SCALES, as_photo, blend
 
 COLUMNS = 5
 DPI = 160
@@ -30,7 +30,6 @@ _LINE = 0.2
 _TITLE_LINE = 0.3
 _BAR = (1.3, 0.1)
 _INK, _FAINT = "#1a1a1a", "#666666"
-_SCALES = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "against the class", "for the class")}
 
 
 def panel(
@@ -125,7 +124,7 @@ def _legend(figure: Figure, kinds: list[bool]) -> None:
     """What the colours mean, at the bottom left: one bar for each kind of map shown."""
     left = _MARGIN
     for kind in kinds:
-        name, low, high = _SCALES[kind]
+        name, low, high = SCALES[kind]
         for text, gap in ((low, 0.08), (high, 0.4)):
             _text(figure, left, _MARGIN, text, va="center_baseline", size=8.5, color=_FAINT)
             left += 0.064 * len(text) + gap

@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..options import Option
 
 app = typer.Typer(
     name="vitexplain",
@@ -89,6 +93,11 @@ def method_names(asked: list[str] | None) -> list[str]:
     others = [name for name in asked if name != "all"]
     own = [name for name in own_methods() if name not in others]
     return [*others[:place], *own, *others[place:]]
+
+
+def options_text(options: Iterable[Option]) -> str:
+    """A method's or protocol's options for a listing, a line each."""
+    return "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in options) or "–"
 
 
 class progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Failure, app, guarded, method_names, prepare_hub, progress
+from .app import Failure, app, guarded, method_names, options_text, prepare_hub, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,8 +106,7 @@ def list_protocols() -> None:
     for column in ("name", "source", "options"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for kind in PROTOCOLS.values():
-        options = "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in kind.options()) or "–"
-        table.add_row(f"[bold]{kind.name}[/bold]", f"{kind.title}\n{kind.source}", options)
+        table.add_row(f"[bold]{kind.name}[/bold]", f"{kind.title}\n{kind.source}", options_text(kind.options()))
     Console().print(table)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import DTYPES, Failure, app, complain, guarded, method_names, prepare_hub, progress
+from .app import DTYPES, Failure, app, complain, guarded, method_names, options_text, prepare_hub, progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,10 +76,11 @@ def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON."
     for column in ("name", "paper", "cost", "options"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for info in listed():
-        options = "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in info.options) or "–"
         rows = "; all rows" if info.all_rows else ""
         kind = "class-specific" if info.class_specific else "the same for every class"
-        table.add_row(f"[bold]{info.name}[/bold]\n{info.title}", info.paper, f"{info.cost}\n({kind}{rows})", options)
+        table.add_row(
+            f"[bold]{info.name}[/bold]\n{info.title}", info.paper, f"{info.cost}\n({kind}{rows})", options_text(info.options)
+        )
     Console().print(table)
 
 

@@ -17,8 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..errors import InputError
-from ..heatmap import SIGNED_COLORMAP, UNSIGNED_COLORMAP, as_photo, colorize, upsample
+from ..heatmap import SCALES, as_photo, colorize, upsample
 from .curves import COLORS, CurveGroup, Stroke, band_opacity, curve_groups, strokes
+from .journal import write_whole
 from .results import Column, Figure, GalleryPhoto, Results
 from .tables import (
     EXPLAINED,
@@ -121,12 +122,7 @@ def write_report(results: Results, photos: Sequence[GalleryPhoto], path: str | P
         InputError: the file cannot be written, or jinja2 is not installed.
     """
     path = Path(path)
-    page = render(results, photos)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be text
-    except OSError as error:
-        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+    write_whole(path, render(results, photos).encode("utf-8", "backslashreplace"))  # names of files need not be text
     return path
 
 
@@ -360,8 +356,7 @@ def _data(picture: Image.Image) -> str:
 def _scales(photos: Sequence[GalleryPhoto]) -> list[tuple[str, str, str]]:
     """The colour scales that the maps use: a gradient of CSS and the words at its ends."""
     kinds = {label in photo.signed for photo in photos for label in photo.maps}
-    words = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "against the class", "for the class")}
-    return [(_gradient(words[kind][0]), *words[kind][1:]) for kind in sorted(kinds)]
+    return [(_gradient(colormap), low, high) for colormap, low, high in (SCALES[kind] for kind in sorted(kinds))]
 
 
 def _gradient(colormap: str) -> str:
