@@ -257,7 +257,8 @@ BAD_CALLS = {
     "negative class": (lambda m, x: vitexplain.explain(m, x, [0, -1]), InputError, r"expected classes 0 to 6, received -1"),
     "too few targets": (lambda m, x: vitexplain.explain(m, x, [1]), InputError, r"B=2; received shape \(1,\)"),
     "fractional target": (lambda m, x: vitexplain.explain(m, x, [1.5, 2.0]), InputError, r"expected integers, received torch.float32"),
-    "named target": (lambda m, x: vitexplain.explain(m, x, "cat"), InputError, r"target: expected .*received str"),
+    "named target": (lambda m, x: vitexplain.explain(m, x, "cat"), InputError, r"target: expected .*received 'cat'"),
+    "more classes than there are": (lambda m, x: vitexplain.explain(m, x, "top99"), InputError, r"target: expected at most top\d+, as there are"),
     "ragged target": (lambda m, x: vitexplain.explain(m, x, [[1, 2], [3]]), InputError, r"target: expected"),
     "unknown method": (lambda m, x: vitexplain.explain(m, x, method="tokenm"), UnknownNameError, r"unknown method 'tokenm': did you mean tokentm"),
     "method of a wrong type": (lambda m, x: vitexplain.explain(m, x, method=[3]), InputError, r"expected a name or a Method, received int"),
@@ -353,15 +354,43 @@ def test_nothing_is_looked_at_on_the_host_while_a_graph_is_captured(monkeypatch,
     target = torch.tensor([1, 2])
     expected = explainer.attribute(images, target)
     for module in ("explainer", "targets"):
-        monkeypatch.setattr(f"vitexplain.{module}.capturing", lambda _device: True)
+        monkeypatch.setattr(f"vitexplain.{module}.unseen", lambda _device: True)
     with _NoLookOnTheHost():
         captured = explainer.attribute(images, target)
     for name in methods:
         assert torch.equal(captured[name].maps, expected[name].maps)
 
 
+def test_the_likeliest_classes_are_explained_as_if_they_had_been_named() -> None:
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 3)
+    explainer = vitexplain.Explainer(model, ["tokentm", "iba"])
+    found = explainer.attribute(images, "top3")
+    with torch.no_grad():
+        likeliest = model(images).topk(3).indices
+    named = explainer.attribute(images, likeliest)
+    for name in ("tokentm", "iba"):
+        assert found[name].maps.shape[:2] == (3, 3)
+        assert torch.equal(found[name].target, likeliest)
+        assert torch.equal(found[name].maps, named[name].maps)
+
+
+def test_without_checks_of_values_one_odd_image_shows_in_its_own_map_alone() -> None:
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 3)
+    images[1, 0, 0, 0] = float("nan")
+    explainer = vitexplain.Explainer(model, "tokentm")
+    with pytest.raises(InputError, match="expected finite values"):
+        explainer.attribute(images)
+    with _NoLookOnTheHost():
+        maps = explainer.attribute(images, check_values=False).maps
+    assert torch.isfinite(maps).flatten(1).all(1).tolist() == [True, False, True]
+    with pytest.raises(InputError, match="expected finite values"):  # the next call looks again
+        explainer.attribute(images)
+
+
 def test_a_target_on_the_host_is_refused_while_a_graph_is_captured(monkeypatch) -> None:
-    monkeypatch.setattr("vitexplain.targets.capturing", lambda _device: True)
+    monkeypatch.setattr("vitexplain.targets.unseen", lambda _device: True)
     logits = torch.empty(2, 7, device="meta")
-    with pytest.raises(InputError, match="expected None or a tensor on meta while a CUDA graph is captured, received cpu"):
+    with pytest.raises(InputError, match=r"expected None or a tensor on meta where values are not looked at .*received cpu"):
         resolve_target([1, 2], logits)

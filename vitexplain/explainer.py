@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import capturing
+from .capture import unseen, without_looking
 from .errors import InputError, UnsupportedModelError
 from .explanation import Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
@@ -85,14 +86,19 @@ class Explainer:
         self._several = not isinstance(method, str | Method)
         self._check_methods()
 
-    def attribute(self, inputs: Tensor | Mapping[str, Tensor], target: Any = None) -> Explanation | dict[str, Explanation]:
+    def attribute(
+        self, inputs: Tensor | Mapping[str, Tensor], target: Any = None, *, check_values: bool = True
+    ) -> Explanation | dict[str, Explanation]:
         """Explain a batch of images, or of texts.
 
         Args:
             inputs: images (B, c, h, w), as the model takes them: normalised, in the model's dtype, on its device; for a model of
                 text what its tokenizer returns, at least ``input_ids`` (B, n), with ``attention_mask`` where there is padding.
             target: class to explain: None for the predicted one, an int, a list or tensor (B,), or (B, K) for several
-                classes an image, which share the forward. None where a ``score`` says what is explained.
+                classes an image, which share the forward; ``"top3"`` for the three with the largest logits, ``"top1"`` with an
+                axis of one. None where a ``score`` says what is explained.
+            check_values: refuse images, logits and classes that are not finite or out of range. Without it a GPU is never
+                waited for, and what is not finite shows in the maps; a target is None, ``"topK"``, or a tensor on the device.
 
         A whole call on images can be captured in a CUDA graph, after one that was not; nothing is then checked that needs a look
         at values.
@@ -104,9 +110,10 @@ class Explainer:
             InputError: inputs or target that do not fit.
             UnsupportedModelError: the running model does something that cannot be explained.
         """
-        inputs = self._check_tokens(inputs) if self.anatomy.is_text else self._check_images(inputs)
-        explain = self._dense if self.backend == "dense" else self._matrix_free
-        explanations = explain(inputs, target)
+        with nullcontext() if check_values else without_looking():
+            inputs = self._check_tokens(inputs) if self.anatomy.is_text else self._check_images(inputs)
+            explain = self._dense if self.backend == "dense" else self._matrix_free
+            explanations = explain(inputs, target)
         return explanations if self._several else next(iter(explanations.values()))
 
     # -- checks ------------------------------------------------------------------------------------------------------
@@ -140,7 +147,7 @@ class Explainer:
         if images.dtype != parameter.dtype and not (autocast and images.is_floating_point()):
             raise InputError(f"images: expected dtype {parameter.dtype} (the model's), received {images.dtype}")
         self.anatomy.check_image_size(*images.shape[1:])
-        if not capturing(images.device) and not torch.isfinite(images).all():
+        if not unseen(images.device) and not torch.isfinite(images).all():
             raise InputError("images: expected finite values, received NaN or infinity")
         self._check_backend(images.device)
         return images.detach()
@@ -184,7 +191,7 @@ class Explainer:
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        if not capturing(output.device) and not torch.isfinite(output).all():
+        if not unseen(output.device) and not torch.isfinite(output).all():
             raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
         return output
 

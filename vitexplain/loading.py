@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import logging
 import re
@@ -29,6 +31,7 @@ from .models import unwrap
 
 DEMO = "demo"
 DISPLAY_SIDE = 448
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_SIDE_RATIO = 100
 
@@ -226,6 +229,37 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: expected one that is available here, received {str(device)!r}: {_brief(error)}") from error
     return place
+
+
+def dtype_named(text: str, what: str = "dtype") -> torch.dtype:
+    """The element type of a name, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or of its short form, such as ``"bf16"``.
+
+    Raises:
+        InputError: another name; the message begins with ``what``.
+    """
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
+    if name not in DTYPES:
+        raise InputError(f"{what}: expected one of {', '.join(DTYPES)}, received {text!r}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The whole name of an element type."""
+    return str(dtype).removeprefix("torch.")
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model itself where its parameters have that element type, else a copy that has."""
+    return model if next(model.parameters()).dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import capturing
+from .capture import unseen
 from .errors import InputError
 
-_FORMS = "None, an int, a list or integer tensor (B,), or (B, K) for several classes an image"
+_FORMS = "None, an int, a list or integer tensor (B,), (B, K) for several classes an image, or 'topK' for the K likeliest"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def targets_of(
         raise InputError(f"score: expected a function to (B,) or (B, K) with B={len(outputs)}, received {received}")
     if outputs.requires_grad and not values.requires_grad:
         raise InputError("score: expected a differentiable function of the model's output, received one without a gradient")
-    if not capturing(outputs.device) and not torch.isfinite(values).all():
+    if not unseen(outputs.device) and not torch.isfinite(values).all():
         raise InputError("score: expected finite values, received NaN or infinity")
     columns = range(values.shape[1]) if values.dim() == 2 else range(1)
     return None, [Target(score=score, column=column) for column in columns], values.dim() == 2
@@ -105,7 +106,8 @@ def similarity(embeddings: Tensor) -> Callable[[Tensor], Tensor]:
 def resolve_target(target: Any, logits: Tensor) -> Tensor:
     """``target`` as int64 (B,) or (B, K) on the logits' device; the predicted classes where it is None.
 
-    Objects with a ``category`` attribute (pytorch-grad-cam's ``ClassifierOutputTarget``) stand for their category.
+    ``"topK"`` stands for the K classes with the largest logits, the likeliest first. Objects with a ``category`` attribute
+    (pytorch-grad-cam's ``ClassifierOutputTarget``) stand for their category.
 
     Raises:
         InputError: wrong type or shape, or a class outside the model's range.
@@ -113,21 +115,39 @@ def resolve_target(target: Any, logits: Tensor) -> Tensor:
     batch, num_classes = logits.shape
     if target is None:
         return logits.argmax(-1)
+    if isinstance(target, str):
+        return logits.topk(num_top(target, num_classes), dim=-1).indices
     values = _as_tensor(target)
     if values.dim() == 0:
         values = values.expand(batch)
     if values.dim() > 2 or values.shape[0] != batch or values.numel() == 0:
         raise InputError(f"target: expected {_FORMS}, with B={batch}; received shape {tuple(values.shape)}")
-    if capturing(logits.device):
+    if unseen(logits.device):
         if values.device != logits.device:
             raise InputError(
-                f"target: expected None or a tensor on {logits.device} while a CUDA graph is captured, received {values.device}"
+                f"target: expected None or a tensor on {logits.device} where values are not looked at (check_values=False, or "
+                f"while a CUDA graph is captured), received {values.device}"
             )
         return values.to(torch.int64)
     wrong = values[(values < 0) | (values >= num_classes)]
     if wrong.numel():
         raise InputError(f"target: expected classes 0 to {num_classes - 1}, received {int(wrong[0])}")
     return values.to(device=logits.device, dtype=torch.int64)
+
+
+def num_top(target: str, num_classes: int) -> int:
+    """The K of ``"topK"``.
+
+    Raises:
+        InputError: another text, or more classes than there are.
+    """
+    found = re.fullmatch(r"top([1-9][0-9]*)", target)
+    if found is None:
+        raise InputError(f"target: expected {_FORMS}; received {target!r}")
+    count = int(found.group(1))
+    if count > num_classes:
+        raise InputError(f"target: expected at most top{num_classes}, as there are {num_classes} classes, received {target!r}")
+    return count
 
 
 def _as_tensor(target: Any) -> Tensor:

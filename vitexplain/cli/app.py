@@ -25,8 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 class Failure(Exception):
     """A one-line message for the person at the terminal."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import DTYPES, Failure, app, complain, guarded, method_names, options_text, prepare_hub, progress
+from .app import Failure, app, complain, guarded, method_names, options_text, prepare_hub, progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,16 +115,14 @@ def _explain(
     dtype: str,
     **settings: Any,
 ) -> None:
-    if dtype not in DTYPES:
-        raise Failure(f"dtype: expected one of {', '.join(DTYPES)}, received {dtype!r}")
     prepare_hub(model_name, weights)
-    import torch
+    from ..loading import dtype_named, load_model
 
-    from ..loading import load_model
+    element_type = dtype_named(dtype)
 
     many = len(paths) > 1
     _check_output(output, many)
-    session = _Session(load_model(model_name, weights, device, dtype=getattr(torch, dtype)), **settings)
+    session = _Session(load_model(model_name, weights, device, dtype=element_type), **settings)
     destinations = _destinations(paths, output)
     records, failed = [], 0
     with progress("explaining", len(paths), enabled=many and not as_json) as advance:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..environment import environment
 from ..errors import InputError, UnsupportedModelError
 from ..explainer import Explainer
-from ..loading import LoadedModel, Preprocess
-from ..methods import CaptumMethod, Method, MethodChoice, build_methods, method_from_text
+from ..loading import LoadedModel, Preprocess, dtype_name, dtype_named, in_dtype, weights_hash
+from ..methods import CaptumMethod, Method, MethodChoice, methods_from_texts
 from ..models import read_anatomy
 from ..sources import Source
 from .batch import Batch, Classifier, RankedMaps
@@ -34,7 +32,6 @@ from .summary import Raw, summarise
 
 EXPLAINED = ("pred", "gt")
 RESIZE = ("auto", "model", "squash")
-DTYPES = ("float32", "bfloat16", "float16")
 VERSIONS = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 DEFAULT_BATCHES = {"cpu": (8, 64), "gpu": (32, 512)}
@@ -111,7 +108,8 @@ class Evaluation:
         overwrite: bool = False,
     ) -> None:
         self.model, self.source, self.output = model, source, Path(output)
-        self.methods = _build_methods(methods)
+        self.dtype, self.explain_dtype = dtype_named(dtype), dtype_named(explain_dtype, "explain_dtype")
+        self.methods = methods_from_texts(methods)
         self.protocols = build_protocols([protocols] if isinstance(protocols, str | Protocol) else protocols)
         self.explained = tuple(dict.fromkeys([explained] if isinstance(explained, str) else explained))
         device = next(model.model.parameters()).device
@@ -119,13 +117,13 @@ class Evaluation:
         self.batch = default_batch if batch is None else batch
         self.forward_batch = default_forward_batch if forward_batch is None else forward_batch
         self.seed, self.resamples = seed, resamples
-        self._check(resize, dtype, explain_dtype)
+        self._check(resize)
         self.needs_masks = any(protocol.needs_masks for protocol in self.protocols.values())
         self.resize = resize if resize != "auto" else "squash" if self.needs_masks else "model"
         self.preprocess: Preprocess = model.preprocess(self.resize)
         self.rows = self._rows(controls)
-        evaluated = _in_dtype(model.model, dtype)
-        explained_model = evaluated if dtype == explain_dtype else _in_dtype(model.model, explain_dtype)
+        evaluated = in_dtype(model.model, self.dtype)
+        explained_model = evaluated if self.dtype == self.explain_dtype else in_dtype(model.model, self.explain_dtype)
         anatomy = read_anatomy(evaluated)
         if anatomy.grid is None:
             raise UnsupportedModelError(f"evaluate: expected a model of images, received {type(anatomy.model).__name__}")
@@ -133,19 +131,14 @@ class Evaluation:
         self.classifier = Classifier(anatomy, model.mean, model.std, self.forward_batch)
         self.explainer = Explainer(explained_model, self._explained_methods(), backend)
         self.environment = environment(device, self._packages())
-        self.settings = self._settings(controls, dtype, explain_dtype, backend)
+        self.settings = self._settings(controls, backend)
         self.journal = Journal(self.output, {**self.settings, "environment": self.environment}, overwrite=overwrite)
 
     # -- checks and settings -------------------------------------------------------------------------------------------
 
-    def _check(self, resize: str, dtype: str, explain_dtype: str) -> None:
-        for name, value, known in (
-            ("resize", resize, RESIZE),
-            ("dtype", dtype, DTYPES),
-            ("explain_dtype", explain_dtype, DTYPES),
-        ):
-            if value not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, received {value!r}")
+    def _check(self, resize: str) -> None:
+        if resize not in RESIZE:
+            raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {resize!r}")
         for value in self.explained:
             if value not in EXPLAINED:
                 raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received {value!r}")
@@ -200,7 +193,7 @@ class Evaluation:
     def _explained_methods(self) -> dict[str, Method]:
         return {label: {**VARIANTS, **self.methods}[label] for label, row in self.rows.items() if row.entry.kind != "control"}
 
-    def _settings(self, controls: bool, dtype: str, explain_dtype: str, backend: str) -> dict[str, Any]:
+    def _settings(self, controls: bool, backend: str) -> dict[str, Any]:
         return {
             "model": {
                 "name": self.model.name,
@@ -221,8 +214,8 @@ class Evaluation:
             "protocols": {label: {"name": p.name, "options": asdict(p)} for label, p in self.protocols.items()},
             "explained": list(self.explained),
             "controls": controls,
-            "dtype": dtype,
-            "explain_dtype": explain_dtype,
+            "dtype": dtype_name(self.dtype),
+            "explain_dtype": dtype_name(self.explain_dtype),
             "backend": backend,
             "batch": self.batch,
             "forward_batch": self.forward_batch,
@@ -418,25 +411,8 @@ class Evaluation:
         )
 
 
-def _build_methods(methods: MethodChoice) -> dict[str, Method]:
-    if isinstance(methods, Mapping):
-        pairs = list(methods.items())
-    else:
-        asked = [methods] if isinstance(methods, str | Method) else list(methods)
-        pairs = [(item.name if isinstance(item, Method) else str(item).strip(), item) for item in asked]
-    built = {label: method_from_text(item) if isinstance(item, str) else item for label, item in pairs}
-    if len(built) < len(pairs):
-        raise InputError(f"method: expected each method once, received {', '.join(str(label) for label, _ in pairs)}")
-    return build_methods(built, {})
-
-
 def _entry(method: Method, kind: str) -> MethodEntry:
     return MethodEntry(method.title, kind, asdict(method))
-
-
-def _in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    wanted: torch.dtype = getattr(torch, dtype)
-    return model if next(model.parameters()).dtype == wanted else copy.deepcopy(model).to(wanted)
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -452,13 +428,4 @@ def _thumbnail(maps: Tensor, grid: tuple[int, int]) -> np.ndarray:
     return (maps / largest).half().cpu().numpy()
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-__all__ = ["Evaluation", "weights_hash"]
+__all__ = ["Evaluation"]

@@ -75,6 +75,7 @@ __all__ = [
     "build_methods",
     "list_methods",
     "method_from_text",
+    "methods_from_texts",
     "own_methods",
 ]
 
@@ -140,6 +141,23 @@ def method_from_text(text: str) -> Method:
         InputError: another form, or a value that does not fit.
     """
     return from_text(text, _lookup)
+
+
+def methods_from_texts(methods: MethodChoice) -> dict[str, Method]:
+    """Methods by label like ``build_methods``, where a text can also be ``NAME:OPTION=VALUE,…``, which is then the label.
+
+    Raises:
+        UnknownNameError, InputError: as ``build_methods`` and ``method_from_text``.
+    """
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    else:
+        asked = [methods] if isinstance(methods, str | Method) else list(methods)
+        pairs = [(item.name if isinstance(item, Method) else str(item).strip(), item) for item in asked]
+    built = {label: method_from_text(item) if isinstance(item, str) else item for label, item in pairs}
+    if len(built) < len(pairs):
+        raise InputError(f"method: expected each method once, received {', '.join(str(label) for label, _ in pairs)}")
+    return build_methods(built, {})
 
 
 def _labelled(method: MethodChoice) -> dict[str, Method | type[Method]]:
