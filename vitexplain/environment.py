@@ -14,9 +14,13 @@ PACKAGES = ("torch", "timm", "numpy")
 def environment(device: torch.device, packages: tuple[str, ...] = PACKAGES) -> dict[str, object]:
     """``device``, ``threads`` and ``versions``, as they stand beside every figure."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    versions = {"python": platform.python_version()} | {package: _version(package) for package in packages}
-    listed = ", ".join(f"{package} {number}" for package, number in versions.items())
+    listed = ", ".join(f"{package} {number}" for package, number in versions(packages).items())
     return {"device": name, "threads": torch.get_num_threads(), "versions": listed}
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Python's version and those of packages, by name; ``"absent"`` for one that is not installed."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

@@ -149,7 +149,7 @@ class Explainer:
         self.anatomy.check_image_size(*images.shape[1:])
         if not unseen(images.device) and not torch.isfinite(images).all():
             raise InputError("images: expected finite values, received NaN or infinity")
-        self._check_backend(images.device)
+        self.check_backend(images.device)
         return images.detach()
 
     def _check_tokens(self, inputs: Any) -> dict[str, Tensor]:
@@ -175,11 +175,15 @@ class Explainer:
             raise InputError(
                 "attention_mask: expected every text's first token, which the head reads, to take part; one does not"
             )
-        self._check_backend(device)
+        self.check_backend(device)
         return inputs
 
-    def _check_backend(self, device: torch.device) -> None:
-        """Refuse a backend that cannot run before any work is done."""
+    def check_backend(self, device: torch.device) -> None:
+        """Refuse a backend that cannot run on a device before any work is done.
+
+        Raises:
+            InputError: it cannot.
+        """
         if self.backend != "dense":
             try:
                 choose_backend(self.backend, device)

@@ -32,6 +32,11 @@ def min_max(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
+def max_magnitude(maps: Tensor) -> Tensor:
+    """Each map of (…, h, w) divided by its largest magnitude; zeros stay zeros."""
+    return maps / maps.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+
 def colorize(heat: Tensor, *, signed: bool = False, colormap: str | None = None) -> np.ndarray:
     """Colours of one map (h, w) as (h, w, 3) uint8.
 
@@ -42,7 +47,7 @@ def colorize(heat: Tensor, *, signed: bool = False, colormap: str | None = None)
     if name not in matplotlib.colormaps:
         raise unknown_name("colour map", name, matplotlib.colormaps)
     if signed:
-        unit = 0.5 + 0.5 * heat / heat.abs().max().clamp_min(torch.finfo(heat.dtype).tiny)
+        unit = 0.5 + 0.5 * max_magnitude(heat)
     else:
         unit = min_max(heat)
     return matplotlib.colormaps[name](unit.cpu().numpy(), bytes=True)[..., :3].copy()

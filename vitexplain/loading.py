@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, unknown_name
 from .heatmap import as_photo
+from .messages import brief, quiet, some
 from .models import unwrap
 
 DEMO = "demo"
@@ -36,6 +35,17 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_SIDE_RATIO = 100
 
 _DEMO_FILES = "demo_vit_cifar10"
+_ONE_PICTURE = ("MPO", "PSD")  # further frames are previews, depth maps or layers of the one picture
+_MODES = {  # how messages name Pillow's modes
+    "1": "black and white ({})",
+    "L": "grayscale ({})",
+    "LA": "grayscale with transparency ({})",
+    "P": "palette ({})",
+    "PA": "palette with transparency ({})",
+    "I": "integer grayscale ({})",
+    "F": "floating-point grayscale ({})",
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit grayscale ({})"),
+}
 _Converted = TypeVar("_Converted")
 
 
@@ -59,6 +69,24 @@ class Preprocess:
     def mask(self, mask: np.ndarray) -> Tensor:
         """(h, w) bool of a mask (H, W) bool of the photo's size."""
         return self._mask(Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"))[0] > 127
+
+
+class Display:
+    """What a model sees of photos, for people, by a timm data configuration; see ``LoadedModel.display``."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        channels, height, width = config["input_size"]
+        factor = max(1, -(-DISPLAY_SIDE // min(height, width)))
+        larger = {**config, "input_size": (channels, height * factor, width * factor)}
+        self._transform = timm.data.create_transform(**larger, is_training=False, normalize=False)
+        self._squashes = config.get("crop_mode") == "squash"
+
+    def __call__(self, photo: Image.Image) -> Image.Image:
+        seen = as_photo(self._transform(photo.convert("RGB")))
+        if not self._squashes:
+            return seen
+        scale = min(seen.size) / min(photo.size)
+        return seen.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -110,9 +138,8 @@ class LoadedModel:
         return timm.data.create_transform(**self.config, is_training=False)
 
     @cached_property
-    def display_transform(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB photo to what the model saw of it, (3, h·s, w·s) uint8, not normalised."""
-        return _display_transform(self.config)
+    def _display(self) -> Display:
+        return Display(self.config)
 
     def preprocess(self, resize: str = "model") -> Preprocess:
         """How photos and masks become inputs.
@@ -121,19 +148,14 @@ class LoadedModel:
             resize: ``"model"``, as the model was trained, mostly with a crop; or ``"squash"``, the whole photo squeezed to the
                 input's shape, which is how localisation is measured.
         """
-        config = dict(self.config) if resize == "model" else {**self.config, "crop_mode": "squash", "crop_pct": 1.0}
-        return Preprocess(config)
+        return Preprocess(resized(self.config, resize))
 
     def display(self, photo: Image.Image) -> Image.Image:
         """The part of the photo that the model saw, at a resolution for people: the shorter side has at least 448 pixels.
 
         Where the model squeezes the whole photo to its input's shape, it is shown in its own proportions.
         """
-        seen = as_photo(self.display_transform(photo.convert("RGB")))
-        if not self.squashes:
-            return seen
-        scale = min(seen.size) / min(photo.size)
-        return seen.resize((round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC)
+        return self._display(photo)
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``"class 7"`` where names are not known."""
@@ -215,6 +237,11 @@ def load_model(
     return LoadedModel(name, model, config, class_names)
 
 
+def resized(config: Mapping[str, Any], resize: str) -> dict[str, Any]:
+    """A timm data configuration with ``"model"``, its own way to the input's shape, or ``"squash"``, the whole photo squeezed."""
+    return dict(config) if resize == "model" else {**config, "crop_mode": "squash", "crop_pct": 1.0}
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
     """``"auto"`` or a device's name as a device that exists.
 
@@ -227,7 +254,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: expected one that is available here, received {str(device)!r}: {_brief(error)}") from error
+        raise InputError(f"device: expected one that is available here, received {str(device)!r}: {brief(error)}") from error
     return place
 
 
@@ -313,16 +340,16 @@ def _check_name(name: str) -> None:
 
 def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """``timm.create_model``, whose many ways to fail on the way to a hub become one line."""
-    with _quiet("huggingface_hub", "timm"):
+    with quiet("huggingface_hub", "timm"):
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the errors of the hub's client and of its transport have no common base
             if not pretrained:
-                raise InputError(f"model: cannot build {name!r}: {_brief(error)}") from error
+                raise InputError(f"model: cannot build {name!r}: {brief(error)}") from error
             raise InputError(
-                f"model: the pretrained weights of {name!r} cannot be had here; pass a file with --weights FILE ({_brief(error)})"
+                f"model: the pretrained weights of {name!r} cannot be had here; pass a file with --weights FILE ({brief(error)})"
             ) from error
 
 
@@ -336,14 +363,6 @@ def _imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def _synonyms(name: str) -> set[str]:
     return {synonym.strip().casefold() for synonym in name.split(",")}
-
-
-def _display_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """The geometric part of a model's transform, at a whole multiple of its input size."""
-    channels, height, width = config["input_size"]
-    factor = max(1, -(-DISPLAY_SIDE // min(height, width)))
-    larger = {**config, "input_size": (channels, height * factor, width * factor)}
-    return timm.data.create_transform(**larger, is_training=False, normalize=False)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -399,7 +418,7 @@ def _unwrap_state(content: Any, path: Path) -> dict[str, Tensor]:
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
         odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-        return f"a dict with other values under {_some(odd)}" if odd else "an empty dict"
+        return f"a dict with other values under {some(odd)}" if odd else "an empty dict"
     return type(content).__name__
 
 
@@ -429,18 +448,27 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], source: object, name: s
         if key in state and own[key].shape != state[key].shape
     ]
     parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
-    problems = "; ".join(f"{what} {_some(keys)}" for what, keys in parts if keys)
+    problems = "; ".join(f"{what} {some(keys)}" for what, keys in parts if keys)
     if problems:
         raise InputError(f"weights: {str(source)!r} does not fit model {name!r}: {problems}")
     model.load_state_dict(state)
 
 
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + (f", … ({len(names)} in all)" if len(names) > shown else "")
-
-
 # -- photos ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as it was read.
+
+    Attributes:
+        image: RGB, upright.
+        note: what was done to the file's own image apart from turning it upright, such as ``"converted from CMYK to RGB"``;
+            None where nothing was.
+    """
+
+    image: Image.Image
+    note: str | None
 
 
 def load_photo(path: str | Path) -> Image.Image:
@@ -450,33 +478,46 @@ def load_photo(path: str | Path) -> Image.Image:
     Raises:
         InputError: no such file, or it cannot be read as an image.
     """
+    return read_photo(path).image
+
+
+def read_photo(path: str | Path) -> Photo:
+    """The photo in a file as ``load_photo`` gives it, with what was done to it.
+
+    Raises:
+        InputError: no such file, or it cannot be read as an image.
+    """
     path = Path(path)
     check_file(path, "photo")
     return decode_photo(path, repr(str(path)))
 
 
-def decode_photo(file: Path | BinaryIO, name: str) -> Image.Image:
-    """The photo in a file or a stream of bytes as ``load_photo`` gives it; ``name`` stands for it in messages.
+def decode_photo(file: Path | BinaryIO, name: str) -> Photo:
+    """The photo in a file or a stream of bytes as ``read_photo`` gives it; ``name`` stands for it in messages.
 
     Raises:
         InputError: it cannot be read as an image.
     """
-    photo = decode_image(file, "photo", name, to_rgb)
-    if max(photo.size) > MAX_SIDE_RATIO * min(photo.size):
-        raise InputError(
-            f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {photo.width} × {photo.height} in {name}"
-        )
+    photo = decode_image(file, "photo", name, _as_photo)
+    check_sides(photo.image.size, name)
     return photo
 
 
+def check_sides(size: tuple[int, int], name: str) -> None:
+    """Raise ``InputError`` where a photo of this width and height, called ``name``, is empty or but a thread."""
+    width, height = size
+    if min(size) == 0 or max(size) > MAX_SIDE_RATIO * min(size):
+        raise InputError(f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {width} × {height} in {name}")
+
+
 def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[[Image.Image], _Converted]) -> _Converted:
-    """What ``convert`` makes of the upright image in a file or a stream of bytes.
+    """What ``convert`` makes of the image in a file or a stream of bytes.
 
     Args:
         file: the encoded image.
         what: what the image is for, ``"photo"`` or ``"mask"``; messages begin with it.
         name: stands for the image in messages.
-        convert: from an image of any mode.
+        convert: from an image of any mode, as the file holds it: open, its first frame decoded, not yet upright.
 
     Raises:
         InputError: it cannot be read as an image, or not be converted.
@@ -486,34 +527,61 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
             warnings.simplefilter("ignore")  # large photos and odd metadata
             with Image.open(file) as image:
                 image.load()
-                return convert(ImageOps.exif_transpose(image))
+                return convert(image)
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{what}: {name} is not an image in a known format") from error
     except Exception as error:  # a damaged file can raise anything inside a decoder
-        raise InputError(f"{what}: cannot read {name}: {_brief(error)}") from error
+        raise InputError(f"{what}: cannot read {name}: {brief(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: integers of 16 bits are scaled to 8, and what is transparent becomes white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    return _to_rgb(image)[0]
+
+
+def _as_photo(image: Image.Image) -> Photo:
+    rgb, conversion = _to_rgb(ImageOps.exif_transpose(image))
+    return Photo(rgb, "; ".join(filter(None, (_frames(image), conversion))) or None)
+
+
+def _frames(image: Image.Image) -> str | None:
+    """That the file has more frames than the one that was decoded."""
+    if image.format in _ONE_PICTURE:
+        return None
+    try:
+        count = getattr(image, "n_frames", 1)
+    except Exception:  # what comes behind the first frame is damaged
+        return "first of several frames"
+    return f"first of {count} frames" if count > 1 else None
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """An image of any mode as RGB, and what that changed."""
+    mode = image.mode
+    conversion = None if mode == "RGB" else f"converted from {_MODES.get(mode, '{}').format(mode)} to RGB"
+    if mode.startswith("I") or mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB"), conversion
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            conversion = f"transparent parts on white ({mode})"
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, image).convert("RGB"), conversion
+    return image.convert("RGB"), conversion
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     """Values in [0, 65535], or for floats also in [0, 1] or [0, 255] if none is larger, to [0, 255]."""
     top = 65535.0
     if values.dtype.kind == "f":
-        largest = float(np.nanmax(values))
+        largest = float(np.max(values, where=np.isfinite(values), initial=-np.inf))
+        if largest == -np.inf:
+            raise ValueError("none of its values is finite")
         top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
     return np.rint(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
 
 
-# -- files and messages ------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def check_file(path: Path, what: str) -> None:
@@ -528,25 +596,4 @@ def check_file(path: Path, what: str) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{what}: cannot read {str(path)!r}: {_brief(error)}") from error
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of an error, at most 160 characters."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    line = str(text).splitlines()[0]
-    return line if len(line) <= 160 else line[:159] + "…"
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Silence loggers below errors: retries and defaults are reported once, by the exception."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        raise InputError(f"{what}: cannot read {str(path)!r}: {brief(error)}") from error

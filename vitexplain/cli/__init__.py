@@ -1,8 +1,8 @@
-"""The command line: ``vitexplain explain``, ``evaluate``, ``list``, ``demo``."""
+"""The command line: ``vitexplain explain``, ``evaluate``, ``dataset``, ``show``, ``summary``, ``list``, ``demo``."""
 
 from __future__ import annotations
 
-from . import evaluate, explain  # noqa: F401  (they register their commands)
+from . import dataset, evaluate, explain, store  # noqa: F401  (they register their commands)
 from .app import app
 
 __all__ = ["app", "main"]

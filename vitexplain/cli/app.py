@@ -105,17 +105,18 @@ class progress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        note = TextColumn("{task.fields[note]}", style="dim")
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
         # The time left comes from steps of this period; a step of many images and methods can take minutes.
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not enabled, speed_estimate_period=3600)
         self.total = total
 
     def __enter__(self) -> Any:
-        task = self.bar.add_task("images", total=self.total)
+        task = self.bar.add_task("images", total=self.total, note="")
 
-        def advance(count: int) -> None:
+        def advance(count: int, note: str = "") -> None:
             self.bar.start()
-            self.bar.advance(task, count)
+            self.bar.update(task, advance=count, note=note)
 
         return advance
 

@@ -25,7 +25,7 @@ def evaluate(
         Path,
         typer.Option(
             help="Images: a folder of class folders, a CSV or Parquet table (path, label, mask), a Hugging Face dataset folder, "
-            "or an .npz.",
+            "an .npz, or WebDataset's .tar shards (one, a folder, or a pattern such as shard-{000..009}.tar).",
             show_default=False,
         ),
     ],

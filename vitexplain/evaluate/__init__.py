@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import write_whole
 from ..loading import LoadedModel
 from ..methods import MethodChoice
 from ..sources import Source
 from .curves import save_curves
 from .gallery import choose_gallery
-from .journal import write_whole
 from .protocols import PROTOCOLS, Protocol
 from .report import write_report
 from .results import Results

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from ..files import differences, remove_partials, some, write_whole
 
 FOLDER = "per_image"
 _SETTINGS = "settings.json"
@@ -35,6 +36,7 @@ class Journal:
             if overwrite:
                 _remove_all(output)
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(output)
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink()
         except OSError as error:
@@ -56,11 +58,10 @@ class Journal:
         except (OSError, ValueError) as error:
             raise InputError(f"output: {str(path)!r} is damaged: expected JSON; use another folder, or --overwrite") from error
         settings = json.loads(json.dumps(settings))
-        different = list(_differences(standing, settings))
+        different = differences(standing, settings)
         if different:
-            shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
             raise InputError(
-                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({shown}); "
+                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({some(different)}); "
                 "expected the same ones to go on with it, another folder, or --overwrite"
             )
 
@@ -102,21 +103,6 @@ class Journal:
         return self.folder / f"chunk_{number:06d}.npz"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, into a folder that is made where it is not there.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
 def _remove_all(output: Path) -> None:
     """Take away what an evaluation wrote; what it measured at once, so that no part of it can be taken for another's."""
     measured = output / FOLDER
@@ -128,17 +114,3 @@ def _remove_all(output: Path) -> None:
     shutil.rmtree(output / "curves", ignore_errors=True)
     for name in ("results.json", "results.md", "report.html"):
         (output / name).unlink(missing_ok=True)
-
-
-def _differences(standing: Any, asked: Any, path: str = "") -> Iterator[str]:
-    """Where two settings differ, each with what stands there and what was asked for."""
-    if isinstance(standing, dict) and isinstance(asked, dict):
-        for name in {**standing, **asked}:
-            yield from _differences(standing.get(name), asked.get(name), f"{path}.{name}".removeprefix("."))
-    elif standing != asked:
-        yield f"{path}: {_brief(standing)} there, {_brief(asked)} asked for"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:59] + "…"

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..errors import InputError
+from ..files import write_whole
 from ..heatmap import SCALES, as_photo, colorize, upsample
 from .curves import COLORS, CurveGroup, Stroke, band_opacity, curve_groups, strokes
-from .journal import write_whole
 from .results import Column, Figure, GalleryPhoto, Results
 from .tables import (
     EXPLAINED,

@@ -1,0 +1,477 @@
+"""Explaining a whole data set: into a store, or as an iterator of tensors."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..loading import LoadedModel, dtype_named
+from ..methods import MethodChoice, methods_from_texts
+from ..sources import Source, open_source
+from .auto_batch import Measured, best_batch
+from .compute import BatchExplainer
+from .engine import Engine, Tally
+from .loader import start_early
+from .ranks import Ranks
+from .settings import Plan, whole_path
+from .store import StoreWriter, locked, read_settings
+
+ENGINES = ("local", "ray")
+SHARD = {"cpu": 256, "cuda": 1024}  # images that are lost at most when a run is killed
+SHARD_BYTES = 64 << 20  # of maps in memory until a shard is whole
+MEASURED_BATCHES = 16  # a run of fewer batches is not worth measuring what it could have been
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: images done of all, those of this run, its speed, and the share of time the device waited for data."""
+
+    done: int
+    total: int
+    images: int
+    images_per_second: float
+    waiting_share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        output: the store.
+        total: images of the source; ``found`` of them stood in the store already.
+        ok, unreadable, not_finite: images of this run by status.
+        seconds: of this run's work, from the start of what decodes to the last shard; ``images_per_second`` in them.
+        preparing_seconds: before that: hashing weights, looking at the store, measuring batches.
+        waiting_share: of the time between the first and the last batch, the part in which the device waited for data.
+        bare_images_per_second: of ``attribute`` in a loop on a batch that is on the device already, and ``ratio_to_bare`` the
+            run's speed over it; None where the run was too short to measure it.
+        batch, shard: images in each.
+        engine, workers, devices: what did it; ``workers`` processes decoded for each device.
+        replaced_workers: how often processes that decode had to be replaced.
+        graphed: whether explanations were replayed from a CUDA graph.
+        memory_mib: of this process at "10%" and "90%" of the run; None where it is not known.
+    """
+
+    output: Path
+    total: int
+    found: int
+    ok: int
+    unreadable: int
+    not_finite: int
+    seconds: float
+    preparing_seconds: float
+    images_per_second: float
+    waiting_share: float | None
+    bare_images_per_second: float | None
+    ratio_to_bare: float | None
+    batch: int
+    shard: int
+    engine: str
+    workers: int
+    devices: tuple[str, ...]
+    replaced_workers: int
+    graphed: bool
+    memory_mib: Mapping[str, float | None]
+    started: str
+    finished: str
+
+    @property
+    def images(self) -> int:
+        """Images of this run."""
+        return self.ok + self.unreadable + self.not_finite
+
+    def as_log(self) -> dict[str, Any]:
+        """For the store's log of runs."""
+        return {**asdict(self), "images": self.images, "output": self.output.name, "device": ", ".join(self.devices)}
+
+
+@dataclass(frozen=True)
+class ExplainedBatch:
+    """A batch of explained images.
+
+    Attributes:
+        ids: n of them; ``rows`` their indices in the source.
+        maps: by label, float32 (n, gh, gw), or (n, K, gh, gw) for K targets, on the model's device.
+        prediction, score: (n,), the predicted class and its probability.
+        target, target_score: (n,) or (n, K), the explained class and its probability.
+        status: ``"ok"``, ``"unreadable"`` or ``"not_finite"`` an image; where it is not ``"ok"``, the other values mean nothing.
+        reason: why it is not, or what was done to read the image; None where there is nothing to say.
+    """
+
+    ids: tuple[str, ...]
+    rows: range
+    maps: Mapping[str, Tensor]
+    prediction: Tensor
+    score: Tensor
+    target: Tensor
+    target_score: Tensor
+    status: tuple[str, ...]
+    reason: tuple[str | None, ...]
+
+
+def run(
+    model: LoadedModel,
+    source: Source | str | Path,
+    methods: MethodChoice,
+    output: str | Path,
+    *,
+    target: str = "pred",
+    batch: int | str = "auto",
+    dtype: str = "float32",
+    backend: str = "auto",
+    resize: str = "model",
+    engine: str = "local",
+    workers: int | None = None,
+    actors: int | None = None,
+    shard: int | None = None,
+    graph: bool = True,
+    deterministic: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    measuring: Callable[[Measured], None] | None = None,
+) -> Report:
+    """Explain every image of a source and keep the maps in a store; a run that was interrupted goes on where it was.
+
+    Args:
+        model: with its preprocessing; see ``load_model``.
+        source: of images; see ``open_source``.
+        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to any of these.
+        output: the store, ``NAME.zarr``; its index ``NAME.parquet`` stands beside it.
+        target: ``"pred"``, the predicted class, ``"label"``, or ``"topK"``, the K likeliest ones.
+        batch: images explained at once, or ``"auto"``, found by measurement; that of a store that stands is kept.
+        dtype: element type that the model runs in.
+        backend: of the explanations; see ``Explainer``.
+        resize: ``"model"``, its own preprocessing, or ``"squash"``, the whole photo.
+        engine: ``"local"``, this process, or each of those that ``torchrun`` started; ``"ray"``, actors on a cluster.
+        workers: processes that decode photos for each device; 0 for none; None for a number that suits the machine.
+        actors: on Ray; None for one a GPU, or one where there is none.
+        shard: images a file; None for 256 on a CPU and 1,024 on a GPU; a multiple of the batch is made of it.
+        graph: capture explanations in a CUDA graph where that can be done.
+        deterministic: the same bits each time, also on a GPU.
+        overwrite: throw away the store that stands there.
+        progress: called from time to time.
+        measuring: called with each batch that ``"auto"`` has measured.
+
+    Raises:
+        InputError, UnknownNameError, UnsupportedModelError: before any work, where something does not fit: also where another
+            run is writing, or a store with other settings stands there. InputError: the disk is full, or the source is gone;
+            what is written stays, and the same call goes on from there.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, received {engine!r}")
+    if actors is not None and engine != "ray":
+        raise InputError(f"actors: expected them with engine 'ray' alone, received {actors} with {engine!r}")
+    times, started = [time.perf_counter()], _now()
+    plan = _plan(
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
+        deterministic=deterministic, workers=workers,
+    )  # fmt: skip
+    output = whole_path(output)
+    ranks = Ranks()
+    if engine == "local" and plan.workers and not (batch == "auto" and plan.device.type == "cpu"):
+        start_early()  # a measurement on the CPU would suffer from it
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(locked(output)) and None)
+        chosen = ranks.first(lambda: _sizes(plan, output, batch, shard, overwrite, measuring))
+        layout = plan.layout(chosen[1])
+        settings = plan.settings(*chosen)
+        ranks.first(lambda: StoreWriter.prepare(output, settings, layout, overwrite=overwrite) and None)
+        writer = StoreWriter(output, layout)
+        missing = ranks.first(writer.missing)
+        times.append(time.perf_counter())
+        counter = _Counter(len(plan.source), sum(len(layout.rows(number)) for number in missing), progress)
+        if engine == "ray":
+            from .on_ray import explain_shards
+
+            work = explain_shards(plan, chosen[0], writer, missing, actors, counter)
+        else:
+            work = _explain_shards(plan, chosen[0], writer, ranks.share(missing), counter)
+        done = Work.of(ranks.gather(work))
+        times.append(time.perf_counter())
+        bare = (
+            sum(ranks.gather(_bare_images_per_second(plan, chosen[0]))) if _is_worth_measuring(done, chosen[0], engine) else None
+        )
+        report = _report(output, plan, chosen, counter, done, engine, bare, times, started)
+        if ranks.is_first:
+            writer.log(report.as_log())
+    return report
+
+
+def stream(
+    model: LoadedModel,
+    source: Source | str | Path,
+    methods: MethodChoice = "tokentm",
+    *,
+    target: str = "pred",
+    batch: int | str = "auto",
+    dtype: str = "float32",
+    backend: str = "auto",
+    resize: str = "model",
+    workers: int | None = None,
+    graph: bool = True,
+    deterministic: bool = True,
+) -> Iterator[ExplainedBatch]:
+    """Explain every image of a source, batch by batch, and write nothing: maps are tensors on the model's device.
+
+    Args:
+        model, source, methods, target, batch, dtype, backend, resize, workers, graph, deterministic: as of ``run``.
+
+    Raises:
+        InputError, UnknownNameError, UnsupportedModelError: as ``run``, before the first batch is asked for.
+    """
+    plan = _plan(
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
+        deterministic=deterministic, workers=workers,
+    )  # fmt: skip
+    size = best_batch(plan) if _checked_batch(batch) is None else int(batch)
+    return _stream(plan, size)
+
+
+def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
+    with Engine(plan, batch, packed=False) as engine:
+        count = len(plan.source)
+        for explained in engine.explained(range(start, min(start + batch, count)) for start in range(0, count, batch)):
+            result, found = explained.result, engine.rows(explained)
+            yield ExplainedBatch(
+                ids=tuple(row.id for row in found),
+                rows=explained.rows,
+                maps=result.maps,
+                prediction=result.prediction,
+                score=result.score,
+                target=result.target,
+                target_score=result.target_score,
+                status=tuple(row.status for row in found),
+                reason=tuple(row.reason for row in found),
+            )
+
+
+# -- before the work -----------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    model: LoadedModel, source: Source | str | Path, methods: MethodChoice, *, workers: int | None, dtype: str, **settings: Any
+) -> Plan:
+    if not isinstance(source, Source):
+        source = open_source(source, classes=model)
+    device = next(model.model.parameters()).device
+    return Plan(
+        model=model,
+        source=source,
+        methods=methods_from_texts(methods),
+        dtype=dtype_named(dtype),
+        workers=default_workers(device) if workers is None else workers,
+        **settings,
+    )
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that decode: on a CPU they take cores from the explanations, on a GPU there should be enough to keep it busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu":
+        return max(1, cores // 4)
+    return max(1, min(16, cores // max(1, torch.cuda.device_count()) - 1))
+
+
+def _checked_batch(batch: int | str) -> int | None:
+    """A number, or None for ``"auto"``."""
+    if batch == "auto":
+        return None
+    try:
+        number = int(batch)
+    except ValueError as error:
+        raise InputError(f"batch: expected a number or 'auto', received {batch!r}") from error
+    if number < 1:
+        raise InputError(f"batch: expected at least 1 image, received {number}")
+    return number
+
+
+def _sizes(
+    plan: Plan,
+    output: Path,
+    batch: int | str,
+    shard: int | None,
+    overwrite: bool,
+    measuring: Callable[[Measured], None] | None,
+) -> tuple[int, int]:
+    """Images a batch and a shard: as asked for, as the store that stands has them, or as they suit."""
+    number = _checked_batch(batch)
+    if shard is not None and shard < 1:
+        raise InputError(f"shard: expected at least 1 image, received {shard}")
+    standing = None if overwrite else read_settings(output)
+    if number is None:
+        number = standing["batch"] if standing else best_batch(plan, measuring or (lambda _measured: None))
+    if shard is None:
+        if standing:
+            return number, standing["shard"]
+        shard = SHARD.get(plan.device.type, SHARD["cpu"])
+        shard = min(shard, max(1, SHARD_BYTES // plan.layout(1).image_bytes))
+    return number, -(-shard // number) * number
+
+
+# -- the work ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process, or several, did: images, device seconds busy and idle, and how."""
+
+    tally: Tally = field(default_factory=Tally)
+    busy: float = 0.0
+    idle: float = 0.0
+    devices: tuple[str, ...] = ()
+    replaced_workers: int = 0
+    graphed: bool = False
+
+    @classmethod
+    def of(cls, parts: list[Work]) -> Work:
+        """Of several together."""
+        return cls(
+            tally=sum((part.tally for part in parts), Tally()),
+            busy=sum(part.busy for part in parts),
+            idle=sum(part.idle for part in parts),
+            devices=tuple(device for part in parts for device in part.devices),
+            replaced_workers=sum(part.replaced_workers for part in parts),
+            graphed=any(part.graphed for part in parts),
+        )
+
+
+class _Counter:
+    """Counts images while they are explained, and tells ``progress``."""
+
+    def __init__(self, total: int, missing: int, progress: Callable[[Progress], None] | None) -> None:
+        self.total, self.missing, self.found = total, missing, total - missing
+        self.images = 0
+        self.memory: dict[str, float | None] = {"10%": None, "90%": None}
+        self._progress, self._started = progress, time.perf_counter()
+
+    def add(self, count: int, waiting_share: float = 0.0) -> None:
+        """So many images more; of the time so far the device waited for data for this share."""
+        self.images += count
+        for name, share in (("10%", 0.1), ("90%", 0.9)):
+            if self.memory[name] is None and self.images >= share * self.missing:
+                self.memory[name] = resident_mib()
+        self.tell(waiting_share)
+
+    def tell(self, waiting_share: float = 0.0) -> None:
+        if self._progress is not None:
+            seconds = max(time.perf_counter() - self._started, 1e-9)
+            self._progress(Progress(self.found + self.images, self.total, self.images, self.images / seconds, waiting_share))
+
+
+def _explain_shards(plan: Plan, batch: int, writer: StoreWriter, shards: list[int], counter: _Counter) -> Work:
+    """Explain shards on the device the model is on."""
+    counter.tell()
+    if not shards:
+        return Work()
+    return explain_on_this_device(plan, batch, writer, shards, counter.add)
+
+
+def explain_on_this_device(
+    plan: Plan, batch: int, writer: StoreWriter, shards: list[int], on_batch: Callable[[int, float], None]
+) -> Work:
+    """Explain and write shards on the device that the plan's model is on.
+
+    Args:
+        on_batch: called with a number of images more, and the share of time the device waited so far.
+    """
+    tally = Tally()
+    with Engine(plan, batch) as engine:
+        explainer = engine.explainer
+
+        def report(count: int) -> None:
+            on_batch(count, waiting_share(explainer.busy, explainer.idle))
+
+        for _, found in engine.write_shards(writer, shards, report):
+            tally += found
+    explainer.settle()
+    return Work(
+        tally, explainer.busy, explainer.idle, (device_name(explainer.device),), engine.decoder.replaced, explainer.graphed
+    )
+
+
+def _is_worth_measuring(work: Work, batch: int, engine: str) -> bool:
+    return engine == "local" and work.tally.images >= MEASURED_BATCHES * batch * max(1, len(work.devices))
+
+
+def _bare_images_per_second(plan: Plan, batch: int) -> float:
+    explainer = BatchExplainer(
+        plan.model, plan.methods, target=plan.target, dtype=plan.dtype, backend=plan.backend, batch=batch, graph=False
+    )
+    return explainer.bare_images_per_second()
+
+
+def waiting_share(busy: float, idle: float) -> float:
+    """Of the time, the part in which a device waited."""
+    return idle / (busy + idle) if busy + idle else 0.0
+
+
+def device_name(device: torch.device) -> str:
+    """``"cpu"``, or a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def resident_mib() -> float | None:
+    """Memory of this process, where the system tells it."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return None
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+# -- after it ------------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    output: Path,
+    plan: Plan,
+    chosen: tuple[int, int],
+    counter: _Counter,
+    work: Work,
+    engine: str,
+    bare: float | None,
+    times: list[float],
+    started: str,
+) -> Report:
+    preparing, seconds = (after - before for before, after in pairwise(times))
+    images_per_second = work.tally.images / seconds
+    return Report(
+        output=output,
+        total=len(plan.source),
+        found=len(plan.source) - work.tally.images,
+        **asdict(work.tally),
+        seconds=seconds,
+        preparing_seconds=preparing,
+        images_per_second=images_per_second,
+        waiting_share=waiting_share(work.busy, work.idle) if work.busy else None,
+        bare_images_per_second=bare,
+        ratio_to_bare=None if bare is None else images_per_second / bare,
+        batch=chosen[0],
+        shard=chosen[1],
+        engine=engine,
+        workers=plan.workers,
+        devices=work.devices,
+        replaced_workers=work.replaced_workers,
+        graphed=work.graphed,
+        memory_mib=counter.memory,
+        started=started,
+        finished=_now(),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+__all__ = ["ExplainedBatch", "Progress", "Report", "Work", "explain_on_this_device", "run", "stream"]

@@ -1,0 +1,357 @@
+"""Photos decoded by worker processes into shared memory, in order, whatever happens to a worker."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..loading import Preprocess
+from ..messages import brief
+from ..sources import Source
+
+IMAGES_A_TASK = 16  # what one worker decodes at a time: a batch is shared among workers
+MEMORY = 2 << 30  # bytes that photos waiting for the device may take
+LEAST_SLOTS = 3  # one that the device reads, one whose results come back, one being filled
+_TRIES = 2  # of one photo by itself, before it is taken to be what ends the processes
+_SHARED_MEMORY = Path("/dev/shm")
+_PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one photo: why it could not be read, or what was done to read it."""
+
+    failure: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One batch of photos.
+
+    Attributes:
+        rows: indices in the source.
+        photos: (batch, 3, h, w) uint8 as the model sees them; black where there is none. Memory that is used again after
+            ``release``.
+        outcomes: one a row.
+        release: to be called when ``photos`` have been read.
+    """
+
+    rows: range
+    photos: Tensor
+    outcomes: tuple[Outcome, ...]
+    release: Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Task:
+    """Some rows of a batch for one worker."""
+
+    slot: int
+    offset: int
+    rows: range
+    future: Future[list[Outcome]] | None = None
+    outcomes: list[Outcome] | None = None
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A batch on its way."""
+
+    slot: int
+    rows: range
+    tasks: list[_Task] = field(default_factory=list)
+
+
+class Decoder:
+    """Reads the photos of a source ahead of the device.
+
+    Args:
+        source: of the photos.
+        preprocess: what makes them the model's input.
+        input_size: its height and width.
+        batch: images a batch; the last one may have fewer, the rest is black.
+        workers: processes; with 0 photos are read in this one, when they are asked for.
+        pinned: pin the memory for a GPU.
+
+    A worker that is killed is replaced, and what it had to do is done again. A photo that ends two processes when it is read by
+    itself counts as unreadable.
+
+    Raises:
+        InputError: there is not enough shared memory for photos of this size.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preprocess: Preprocess,
+        input_size: tuple[int, int],
+        batch: int,
+        workers: int,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._source, self._preprocess, self._batch, self._workers = source, preprocess, batch, workers
+        slots = _num_slots(batch, input_size, workers)
+        self._slots = torch.zeros((slots, batch, 3, *input_size), dtype=torch.uint8)
+        if workers:
+            self._slots.share_memory_()
+        self._pinned = pinned and _pin(self._slots)
+        self._free = deque(range(slots))
+        self._flights: deque[_Flight] = deque()
+        self._pool: ProcessPoolExecutor | None = None
+        self._started: Future[None] | None = None
+        self._done_since_restart = 0
+        self.waited = 0.0  # seconds
+        self.replaced = 0  # how often workers were replaced
+
+    def __enter__(self) -> Decoder:
+        if self._workers:
+            self._start_pool()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._flights.clear()
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._slots.data_ptr())
+
+    def batches(self, wanted: Iterable[range]) -> Iterator[Decoded]:
+        """The batches of these rows in order; as many as there is room for are read ahead."""
+        remaining = iter(wanted)
+        while True:
+            self._read_ahead(remaining)
+            if not self._flights:
+                return
+            flight = self._flights[0]
+            started = time.perf_counter()
+            for task in flight.tasks:
+                self._finish(task)
+            self.waited += time.perf_counter() - started
+            self._flights.popleft()
+            outcomes = tuple(outcome for task in flight.tasks for outcome in task.outcomes or ())
+            photos = self._slots[flight.slot]
+            photos[len(flight.rows) :].zero_()
+            yield Decoded(flight.rows, photos, outcomes, lambda slot=flight.slot: self._free.append(slot))
+
+    def _read_ahead(self, remaining: Iterator[range]) -> None:
+        while self._free:
+            rows = next(remaining, None)
+            if rows is None:
+                return
+            flight = _Flight(self._free.popleft(), rows)
+            step = min(IMAGES_A_TASK, -(-self._batch // max(1, self._workers)))
+            for offset in range(0, len(rows), step):
+                flight.tasks.append(_Task(flight.slot, offset, rows[offset : offset + step]))
+            self._flights.append(flight)
+            for task in flight.tasks:
+                self._submit(task)
+
+    # -- the processes ---------------------------------------------------------------------------------------------------
+
+    def _start_pool(self) -> None:
+        self._pool = self._new_pool(self._workers)
+        self._started = self._pool.submit(_begin)
+        self._done_since_restart = 0
+
+    def _new_pool(self, workers: int) -> ProcessPoolExecutor:
+        """Processes that share no lock and no thread with this one, which may hold a GPU."""
+        return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._source, self._preprocess, self._slots))
+
+    def _submit(self, task: _Task) -> None:
+        if self._pool is None:
+            return
+        try:
+            task.future = self._pool.submit(_decode, task.slot, task.offset, task.rows)
+        except BrokenProcessPool:  # seen when this task is waited for
+            task.future = None
+
+    def _finish(self, task: _Task) -> None:
+        """Wait for a task; where workers were killed, begin anew with all that is not done."""
+        while task.outcomes is None:
+            if not self._workers:
+                task.outcomes = _decode_rows(self._source, self._preprocess, self._slots[task.slot], task.offset, task.rows)
+                return
+            try:
+                if task.future is None:
+                    raise BrokenProcessPool
+                task.outcomes = task.future.result()
+                self._done_since_restart += 1
+            except BrokenProcessPool:
+                self._restart()
+
+    def _restart(self) -> None:
+        unfinished = self._collect()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.replaced and not _is_done(self._started):
+            raise InputError(
+                "workers: the processes that decode photos end before they begin: expected a script whose work stands under "
+                "if __name__ == '__main__', as Python's multiprocessing needs it; or workers=0"
+            )
+        self.replaced += 1
+        if self._done_since_restart == 0 and self.replaced > 1:
+            for task in unfinished:
+                task.outcomes = self._one_by_one(task)
+            unfinished = []
+        self._start_pool()
+        for task in unfinished:
+            self._submit(task)
+
+    def _collect(self) -> list[_Task]:
+        """Take over what was finished before the processes ended; the rest is returned."""
+        unfinished = []
+        for task in (task for flight in self._flights for task in flight.tasks if task.outcomes is None):
+            if _is_done(task.future):
+                task.outcomes = task.future.result()
+                self._done_since_restart += 1
+            else:
+                unfinished.append(task)
+        return unfinished
+
+    def _one_by_one(self, task: _Task) -> list[Outcome]:
+        """Each photo of a task in a process of its own, so that the one that ends processes is known."""
+        outcomes: list[Outcome] = []
+        for position, row in enumerate(task.rows):
+            for _ in range(_TRIES):
+                with self._new_pool(1) as pool:
+                    try:
+                        outcomes += pool.submit(_decode, task.slot, task.offset + position, range(row, row + 1)).result()
+                        break
+                    except BrokenProcessPool:
+                        continue
+            else:
+                self._slots[task.slot, task.offset + position].zero_()
+                outcomes.append(Outcome(failure="photo: reading it ended the process that read it"))
+        return outcomes
+
+
+def start_early() -> None:
+    """Have what starts workers import what they need while there is other work to do."""
+    if _context().get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
+
+
+def _context() -> BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, not once a worker
+    return context
+
+
+def _num_slots(batch: int, input_size: tuple[int, int], workers: int) -> int:
+    """How many batches are in memory: enough for every worker to have work, within limits."""
+    size = batch * 3 * input_size[0] * input_size[1]
+    if not workers:
+        return LEAST_SLOTS
+    wanted = LEAST_SLOTS + -(-2 * workers * min(IMAGES_A_TASK, batch) // batch)
+    room = MEMORY
+    if _SHARED_MEMORY.is_dir():  # writing beyond it kills the process that writes
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        room = min(room, free // 2)
+        if LEAST_SLOTS * size > free:
+            raise InputError(
+                f"workers: expected {LEAST_SLOTS * size / 2**20:.0f} MiB of shared memory for {LEAST_SLOTS} batches of {batch}, "
+                f"received {free / 2**20:.0f} MiB free in {_SHARED_MEMORY}; a smaller batch or workers=0 needs less (containers: "
+                "--shm-size)"
+            )
+    return max(LEAST_SLOTS, min(wanted, room // size))
+
+
+def _pin(memory: Tensor) -> bool:
+    """Pin memory that stands already; copies from it need not wait then."""
+    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+
+
+def _is_done(future: Future | None) -> bool:
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None
+
+
+# -- in a worker ---------------------------------------------------------------------------------------------------------
+
+_worker: tuple[Source, Preprocess, Tensor] | None = None
+
+
+def _prepare_worker(source: Source, preprocess: Preprocess, slots: Tensor) -> None:
+    global _worker
+    _worker = source, preprocess, slots
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's worker would wait forever for work from a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _begin() -> None:
+    """Tells that a worker has begun."""
+
+
+def _decode(slot: int, offset: int, rows: range) -> list[Outcome]:
+    assert _worker is not None
+    source, preprocess, slots = _worker
+    return _decode_rows(source, preprocess, slots[slot], offset, rows)
+
+
+def _decode_rows(source: Source, preprocess: Preprocess, photos: Tensor, offset: int, rows: range) -> list[Outcome]:
+    """Fill ``photos`` from ``offset`` on; black where a photo cannot be read."""
+    outcomes = []
+    for position, row in enumerate(rows, offset):
+        try:
+            sample = source.sample(row, masks=False)
+            photos[position] = preprocess.seen(sample.photo)
+            outcomes.append(Outcome(note=sample.note))
+        except InputError as error:
+            if _has_passing_cause(error) or _is_cut_off(source.path(row)):
+                raise InputError(f"{error}; nothing is recorded of it, as it may pass: run the same command again") from error
+            photos[position].zero_()
+            outcomes.append(Outcome(failure=str(error)))
+        except Exception as error:  # one odd photo must not stop a run
+            photos[position].zero_()
+            outcomes.append(Outcome(failure=f"photo: cannot be made the model's input: {type(error).__name__}: {brief(error)}"))
+    return outcomes
+
+
+def _is_cut_off(path: str | None) -> bool:
+    """Whether more than one file is gone: a disk that is no longer mounted leaves an empty folder, or none."""
+    if path is None:
+        return False
+    file, _, member = path.partition("::")
+    if os.path.exists(file):
+        return False
+    folder = os.path.dirname(file)
+    return bool(member) or not os.path.isdir(folder) or not os.listdir(folder)
+
+
+def _has_passing_cause(error: BaseException | None) -> bool:
+    """Whether the trouble is the machine's, not the photo's: such a photo must not be recorded as unreadable."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return True
+        error = error.__cause__
+    return False

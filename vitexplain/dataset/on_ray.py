@@ -1,0 +1,299 @@
+"""Shards explained by actors on a Ray cluster: Ray Data hands them out and replaces actors that are killed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import ExplanationError, InputError
+from ..messages import brief, quiet
+from .engine import Engine, Tally
+from .entry import Work, device_name, waiting_share
+from .settings import Plan
+from .store import Layout, StoreWriter, part_path
+
+if TYPE_CHECKING:
+    from .entry import _Counter
+
+SHARDS_A_TASK = {"cpu": 1, "cuda": 8}  # a GPU is through with a shard in a second, and between two tasks it waits for photos
+RETRIES = 5  # of a task whose actor was killed, before it is taken to be what kills actors
+
+_TASKS_AN_ACTOR = 4  # at least, so that none has much to do when the others are through
+_LONG = 6 * 3600.0  # seconds without any task's end, after which a run ends: Ray Data's own half hour is short for a CPU
+_STORE_BYTES = 256 << 20  # of the object store of a cluster that is started here, besides what is put there
+_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # errors of Ray Data's own making would stand on the terminal
+_LOGGERS = ("ray", "ray.data")
+
+
+def explain_shards(
+    plan: Plan, batch: int, writer: StoreWriter, missing: Sequence[int], actors: int | None, counter: _Counter
+) -> Work:
+    """Explain and write shards on the cluster that this process is connected to, or ``RAY_ADDRESS`` names, or one of its own.
+
+    Args:
+        plan: with a model on a GPU where actors are to have one each.
+        batch: images a batch.
+        writer: of the store, in a folder that all nodes share.
+        missing: numbers of the shards.
+        actors: how many; None for one a GPU, or one where the model is on a CPU.
+        counter: told of every task's images when they stand on disk.
+
+    Raises:
+        InputError: Ray is not installed or cannot be reached, the cluster is too small, or an actor failed in a way that it
+            can tell of; the other actors are stopped then.
+    """
+    if actors is not None and actors < 1:
+        raise InputError(f"actors: expected at least 1, received {actors}")
+    ray = _import_ray()
+    counter.tell()
+    if not missing:
+        return Work()
+    parcel = _Parcel.of(plan, batch, writer)
+    with _connected(ray, len(parcel)), quiet(*_LOGGERS, level=logging.CRITICAL):
+        pool = _pool([node["Resources"] for node in ray.nodes() if node["Alive"]], _device_type(plan), actors)
+        tasks = _tasks(missing, pool.actors, SHARDS_A_TASK.get(_device_type(plan), 1))
+        try:
+            return _collect(_outcomes(ray, parcel, tasks, pool), writer, missing, counter)
+        except ray.exceptions.RayTaskError:
+            raise  # a defect, with its traceback
+        except (ray.exceptions.RayError, _timeout(ray)) as error:
+            raise InputError(_in_words(error)) from error
+
+
+# -- in the actors -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """All that actors need, with the model on the CPU and the device it is to be moved to."""
+
+    plan: Plan
+    device: str
+    batch: int
+    output: Path
+    layout: Layout
+
+    @classmethod
+    def of(cls, plan: Plan, batch: int, writer: StoreWriter) -> bytes:
+        """Pickled by Ray, which can do that with classes of the caller's script, too."""
+        import ray.cloudpickle
+
+        device = _device_type(plan)
+        if device != "cpu":
+            there = replace(plan.model, model=copy.deepcopy(plan.model.model).cpu())
+            plan = replace(plan, model=there)
+            gc.collect()
+            torch.cuda.empty_cache()  # what measuring has left: an actor of this machine needs it
+        return ray.cloudpickle.dumps(cls(plan, device, batch, writer.output, writer.layout))
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What an actor did in one task."""
+
+    shards: tuple[int, ...]
+    work: Work
+    actor: str
+
+
+class _Actor:
+    """Explains one task after the other; its engine, with the processes that decode, lives as long as it does.
+
+    Nothing is done before the first task, as only the outcome of a task can carry an error in its own words.
+    """
+
+    def __init__(self, parcel: Any, threads: int | None) -> None:
+        self._parcel, self._threads = parcel, threads
+        self._engine: Engine | None = None
+        self._writer: StoreWriter | None = None
+        self._before = Work()
+
+    def __call__(self, items: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        try:
+            outcome: _Done | ExplanationError = self._explain(pickle.loads(items["item"][0]))
+        except ExplanationError as error:
+            outcome = error
+            self._end()
+        return {"outcome": [pickle.dumps(outcome)]}
+
+    def _explain(self, shards: tuple[int, ...]) -> _Done:
+        import ray
+
+        if self._engine is None:
+            self._begin()
+        explainer = self._engine.explainer
+        tally = sum((found for _, found in self._engine.write_shards(self._writer, shards)), Tally())
+        explainer.settle()
+        before, replaced = self._before, self._engine.decoder.replaced
+        self._before = Work(busy=explainer.busy, idle=explainer.idle, replaced_workers=replaced)
+        work = Work(
+            tally=tally,
+            busy=explainer.busy - before.busy,
+            idle=explainer.idle - before.idle,
+            devices=(device_name(explainer.device),),
+            replaced_workers=replaced - before.replaced_workers,
+            graphed=explainer.graphed,
+        )
+        return _Done(shards, work, ray.get_runtime_context().get_actor_id())
+
+    def _begin(self) -> None:
+        import ray
+
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        parcel: _Parcel = pickle.loads(ray.get(self._parcel))
+        self._writer = StoreWriter(parcel.output, parcel.layout)
+        model = replace(parcel.plan.model, model=parcel.plan.model.model.to(parcel.device))
+        self._before = Work()
+        self._engine = Engine(replace(parcel.plan, model=model), parcel.batch).__enter__()
+
+    def _end(self) -> None:
+        """Batches that were on their way when something failed are not to be mistaken for the next task's."""
+        if self._engine is not None:
+            self._engine.__exit__()
+            self._engine = None
+
+
+# -- in the driver -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Actors, and what each is given."""
+
+    actors: int
+    num_cpus: int
+    num_gpus: int
+
+
+def _pool(nodes: Sequence[dict[str, float]], device: str, actors: int | None) -> _Pool:
+    """Actors that the cluster can hold all at once: Ray would wait without end for resources that it does not have.
+
+    Args:
+        nodes: the resources of each.
+        device: what the model is on.
+        actors: as asked for.
+    """
+    on_gpus = device == "cuda"
+    name = "GPU" if on_gpus else "CPU"
+    counts = [int(node.get(name, 0)) for node in nodes]
+    total = sum(counts)
+    if actors is None:
+        actors = total if on_gpus else 1
+    if not total:
+        advice = "; load the model on the CPU, or add nodes with GPUs" if on_gpus else ""
+        raise InputError(f"ray: expected at least one {name} in the cluster, received none{advice}")
+    if actors > total:
+        raise InputError(f"actors: expected at most {total}, one for each {name} of the cluster, received {actors}")
+    if on_gpus:
+        return _Pool(actors, 0, 1)
+    cpus = next(cpus for cpus in range(max(counts), 0, -1) if sum(count // cpus for count in counts) >= actors)
+    return _Pool(actors, cpus, 0)
+
+
+def _tasks(missing: Sequence[int], actors: int, most: int) -> list[tuple[int, ...]]:
+    """Shards by task: as many as ``most`` each, but enough tasks for all actors to end at about the same time."""
+    size = max(1, min(most, len(missing) // (actors * _TASKS_AN_ACTOR)))
+    return [tuple(missing[start : start + size]) for start in range(0, len(missing), size)]
+
+
+def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _Pool) -> Iterator[_Done]:
+    """What the actors did, task by task as they are through with them; closing it stops them."""
+    dataset = ray.data.from_items([pickle.dumps(task) for task in tasks], override_num_blocks=len(tasks))
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    context.execution_no_progress_timeout_s = _LONG
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, for which there is no other place
+        explained = dataset.map_batches(
+            _Actor,
+            fn_constructor_args=(ray.put(parcel), pool.num_cpus or None),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+        )
+    with ExitStack() as stack:
+        rows = stack.enter_context(closing(iter(explained.iter_rows())))
+        for row in rows:
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, ExplanationError):
+                raise outcome
+            yield outcome
+
+
+def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[int], counter: _Counter) -> Work:
+    """Add up what the actors did, and see that it stands where this process sees it, too."""
+    total, unseen = Work(), set(missing)
+    devices: dict[str, tuple[str, ...]] = {}
+    with closing(outcomes):
+        for done in outcomes:
+            for number in done.shards:
+                _check_stands(writer, number)
+            unseen -= set(done.shards)
+            devices[done.actor] = done.work.devices
+            total = Work.of([total, replace(done.work, devices=())])
+            counter.add(done.work.tally.images, waiting_share(total.busy, total.idle))
+    if unseen:
+        raise InputError(f"ray: {len(unseen)} shards were lost on the way; run the same command again")
+    return replace(total, devices=tuple(device for found in devices.values() for device in found))
+
+
+def _check_stands(writer: StoreWriter, number: int) -> None:
+    part = part_path(writer.index, number)
+    if not part.exists():
+        raise InputError(f"output: expected {str(part)!r}, which an actor has written; all nodes need one folder that they share")
+
+
+# -- the cluster ---------------------------------------------------------------------------------------------------------
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("engine: 'ray' needs ray, which is not installed: pip install 'vitexplain[ray]'") from error
+    return ray
+
+
+@contextmanager
+def _connected(ray: Any, size: int) -> Iterator[None]:
+    """Use the cluster that this process is connected to; else connect to that of ``RAY_ADDRESS``, or start one on this machine.
+
+    Args:
+        size: bytes that will be put into the object store.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    if not address:
+        options["object_store_memory"] = _STORE_BYTES + 2 * size
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        stack.enter_context(_silent(ray))
+        try:
+            ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            what = f"cannot connect to RAY_ADDRESS={address!r}" if address else "cannot start a cluster on this machine"
+            raise InputError(f"ray: {what}: {brief(error)}") from error
+        yield

@@ -1,0 +1,248 @@
+"""Pictures of a store: a photo under its maps, the mean map of each class, a sheet of many photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from ..errors import InputError
+from ..heatmap import blend, max_magnitude, min_max
+from ..loading import Display, resized
+from ..sources import open_source
+from ..visualize import fitted, in_cell, panel, sheet
+from .maps import MapStore
+from .store import as_text
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MAX_CLASSES = 24
+NUM_IMAGES = 24
+ALPHA = 0.55
+
+_READ_BYTES = 32 * 1024 * 1024  # of maps in memory at once
+_WIDE_SHEET = 10  # columns, for more images than six columns show well
+_ORDERLY = 36
+
+Find = Callable[[Mapping[str, Any]], Image.Image | None]
+
+
+class Photos:
+    """The photos that a store was made of, as the model saw them.
+
+    Args:
+        settings: the store's.
+        path: where the data are now; None where they were.
+
+    Raises:
+        InputError: there are no such data.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], path: str | Path | None = None) -> None:
+        data, model = settings["data"], settings["model"]
+        self._source = open_source(data["path"] if path is None else path, split=data["split"], images=data["images"])
+        known = {name: value for name, value in model["preprocessing"].items() if value is not None}
+        self._display = Display(resized(known, model["resize"]))
+
+    def find(self, row: Mapping[str, Any]) -> Image.Image:
+        """The photo of a row of the index.
+
+        Raises:
+            InputError: another image stands in its place, or it cannot be read.
+        """
+        place, ids = row["row"], self._source.ids
+        standing = as_text(ids[place]) if place < len(ids) else None
+        if standing != row["id"]:
+            received = f"only {len(ids)} images" if standing is None else repr(standing)
+            raise InputError(f"photo: expected {row['id']!r} as image {place} of {self._source.name!r}, received {received}")
+        return self._display(self._source.sample(place, masks=False).photo)
+
+
+def overlay(
+    store: MapStore,
+    row: Mapping[str, Any],
+    photo: Image.Image | None,
+    *,
+    methods: Sequence[str] | None = None,
+    target_index: int | None = None,
+    alpha: float = ALPHA,
+) -> Figure:
+    """A panel of one image: the photo, and each method's map laid over it.
+
+    Args:
+        store: where the maps are.
+        row: of its index, with status ok.
+        photo: as ``Photos.find`` gives it; None for the maps alone.
+        methods: labels; None for all.
+        target_index: which of several targets; None for all.
+        alpha: the map's share of the overlay, 0 to 1.
+    """
+    targets = [row["target"]] if store.num_targets is None else list(row["target"])
+    shown = range(len(targets)) if target_index is None else [target_index]
+    maps = {}
+    for label in methods or store.methods:
+        values = store.maps(row["row"], label, as_torch=True)
+        for place in shown:
+            name = label if len(shown) == 1 else f"{label}: {place + 1}. {short_name(store.settings, targets[place])}"
+            maps[name] = values if store.num_targets is None else values[place]
+    ground, alpha = (_blank(store.settings), 1.0) if photo is None else (photo, alpha)
+    return panel(
+        ground,
+        maps,
+        title=row["id"],
+        caption=_about(store.settings, row, [targets[place] for place in shown]),
+        photo_title=None if photo is None else "photo",
+        alpha=alpha,
+    )
+
+
+def class_means(store: MapStore, method: str | None = None) -> Figure:
+    """The mean map of each of the largest classes: by label where there are labels, else by prediction.
+
+    Each map is scaled first, so that no image outweighs the others: to [0, 1], or for a method with values below zero by its
+    largest magnitude. Maps are read in slices, those of these classes alone.
+
+    Raises:
+        InputError: no image has a map.
+    """
+    label = _label(store, method)
+    done = drawable(store)
+    by = "prediction" if done["label"].null_count == len(done) else "label"
+    classes = done[by].fill_null(-1).to_numpy()
+    found, counts = np.unique(classes[classes >= 0], return_counts=True)
+    largest = np.lexsort((found, -counts))[:MAX_CLASSES]
+    means, signed = _means(store, label, done["row"].to_numpy(), classes, found[largest])
+    ground = in_cell(_blank(store.settings))
+    pictures = [
+        (
+            fitted(short_name(store.settings, int(found[place])), end=f" ({counts[place]:,})"),
+            _laid_over(ground, mean, 1.0, signed),
+        )
+        for place, mean in zip(largest, means, strict=True)
+    ]
+    of_all = f"the {len(largest)} largest of {len(found):,} classes, " if len(largest) < len(found) else ""
+    caption = f"{_about_store(store)} · {of_all}by {by} (number of images)"
+    return sheet(pictures, title=f"Mean map of each class: {label}", caption=caption, kinds=[signed])
+
+
+def contact_sheet(
+    store: MapStore, find: Find, method: str | None = None, *, count: int = NUM_IMAGES, alpha: float = ALPHA
+) -> Figure:
+    """Images spread evenly over the store, each under its map.
+
+    Args:
+        store: where the maps are.
+        find: gives the photo of a row of the index, or None, and then its map is shown alone.
+        method: a label; None for the first.
+        count: how many images at most.
+        alpha: the map's share of the overlay, 0 to 1.
+
+    Raises:
+        InputError: no image has a map.
+    """
+    label = _label(store, method)
+    done = drawable(store)
+    places = np.linspace(0, len(done) - 1, min(count, len(done))).round().astype(int)
+    rows = done.take(places).to_pylist()
+    maps = [_first(store, store.maps([row["row"]], label, as_torch=True))[0] for row in rows]
+    signed = any(bool((heat < 0).any()) for heat in maps)
+    pictures = []
+    for row, heat in zip(rows, maps, strict=True):
+        photo = find(row)
+        ground, share = (_blank(store.settings), 1.0) if photo is None else (photo, alpha)
+        about = fitted(short_name(store.settings, row["prediction"]), end=f" ({_percent(row['score'], 0)})")
+        pictures.append((f"{fitted(row['id'], keep_tail=True)}\n{about}", _laid_over(in_cell(ground), heat, share, signed)))
+    columns = {} if len(rows) <= _ORDERLY else {"columns": _WIDE_SHEET}
+    title = f"{label} on {len(rows):,} of {len(done):,} images"
+    return sheet(pictures, title=title, caption=_about_store(store), kinds=[signed], **columns)
+
+
+def drawable(store: MapStore) -> pyarrow.Table:
+    """The rows of the index whose maps stand.
+
+    Raises:
+        InputError: there are none.
+    """
+    places = [place for place, status in enumerate(store.index["status"].to_pylist()) if status == "ok"]
+    if not places:
+        raise InputError(f"store: expected images with maps in {str(store.path)!r}, received none")
+    return store.index.take(places)
+
+
+def short_name(settings: Mapping[str, Any], index: int) -> str:
+    """A class's name up to its first comma, or ``"class 7"`` where it is not known."""
+    names = settings["model"]["class_names"] or ()
+    return names[index].partition(",")[0] if index < len(names) else f"class {index}"
+
+
+def _label(store: MapStore, method: str | None) -> str:
+    return store.methods[0] if method is None else method
+
+
+def _means(store: MapStore, label: str, rows: np.ndarray, classes: np.ndarray, wanted: np.ndarray) -> tuple[Tensor, bool]:
+    """Mean of each wanted class's scaled maps (classes, gh, gw), and whether the method's maps are signed.
+
+    Whether they are is known only at the end, so that sums for both ways to scale are kept.
+    """
+    place_of = {int(index): place for place, index in enumerate(wanted)}
+    chosen = np.isin(classes, wanted)
+    places = torch.tensor([place_of[int(index)] for index in classes[chosen]])
+    sums: dict[bool, Tensor] = {}
+    signed, start = False, 0
+    for maps in _slices(store, label, rows[chosen].tolist()):
+        here = places[start : start + len(maps)]
+        start += len(maps)
+        signed = signed or bool((maps < 0).any())
+        for kind, scaled in ((False, min_max(maps)), (True, max_magnitude(maps))):
+            total = sums.setdefault(kind, torch.zeros(len(wanted), *maps.shape[1:], dtype=torch.float64))
+            total.index_add_(0, here, scaled.double())
+    return (sums[signed] / torch.bincount(places)[:, None, None]).float(), signed
+
+
+def _slices(store: MapStore, label: str, rows: list[int]) -> Iterator[Tensor]:
+    """The maps (n, gh, gw) of these rows in their order, as many at once as fit."""
+    entry = store.maps(rows[0], label).nbytes
+    step = max(1, _READ_BYTES // entry)
+    for start in range(0, len(rows), step):
+        yield _first(store, store.maps(rows[start : start + step], label, as_torch=True))
+
+
+def _first(store: MapStore, maps: Tensor) -> Tensor:
+    """(n, gh, gw) of the first target."""
+    return maps if store.num_targets is None else maps[:, 0]
+
+
+def _laid_over(ground: Image.Image, heat: Tensor, alpha: float, signed: bool) -> Image.Image:
+    return blend(ground, heat, alpha=alpha, signed=signed)
+
+
+def _blank(settings: Mapping[str, Any]) -> Image.Image:
+    """In the place of a photo, of the shape of the model's input."""
+    _, height, width = settings["model"]["preprocessing"]["input_size"]
+    return Image.new("RGB", (width, height), "white")
+
+
+def _about(settings: Mapping[str, Any], row: Mapping[str, Any], explained: Sequence[int]) -> str:
+    parts = [f"predicted: {short_name(settings, row['prediction'])} ({_percent(row['score'], 1)})"]
+    if row["label"] is not None:
+        parts.append(f"label: {short_name(settings, row['label'])}")
+    return " · ".join([*parts, f"explained: {', '.join(short_name(settings, index) for index in explained)}"])
+
+
+def _about_store(store: MapStore) -> str:
+    settings = store.settings
+    explained = {"pred": "the predicted class", "label": "the label"}.get(settings["target"], settings["target"])
+    if store.num_targets is not None:
+        explained = f"the first of {store.num_targets} classes"
+    return f"{settings['model']['name']} on {settings['data']['name']} · explained: {explained}"
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"

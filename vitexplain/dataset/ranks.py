@@ -1,0 +1,73 @@
+"""Several processes of one run, as ``torchrun`` starts them, one for each GPU."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ExplanationError
+
+T = TypeVar("T")
+
+_LONG = timedelta(days=7)  # ranks wait for the slowest one
+
+
+class Ranks:
+    """This process's place among those of a run; alone where it was not started by ``torchrun``."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0")) if self.size > 1 else 0
+        self._group: Any = None
+        if self.size > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=_LONG)
+            self._group = dist.new_group(backend="gloo", timeout=_LONG)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Have the first process do something, and give every process its result, or its error."""
+        if self.size == 1:
+            return work()
+        said: list[Any] = [None]
+        if self.is_first:
+            try:
+                said = [(work(), None)]
+                pickle.dumps(said)
+            except ExplanationError as error:
+                said = [(None, error)]
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        result, error = said[0]
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in each of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def share(self, items: list[T]) -> list[T]:
+        """The items that are this process's."""
+        return items[self.rank :: self.size]
+
+
+def local_device(device: str) -> str:
+    """``"auto"`` as the GPU of this process's place on its machine, where ``torchrun`` gave it one."""
+    place = os.environ.get("LOCAL_RANK")
+    if device == "auto" and place is not None and torch.cuda.is_available():
+        return f"cuda:{int(place) % torch.cuda.device_count()}"
+    return device

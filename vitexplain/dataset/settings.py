@@ -1,0 +1,150 @@
+"""Everything that the maps of a data set depend on, checked, and as it is written beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..environment import versions
+from ..errors import InputError, UnsupportedModelError
+from ..explainer import Explainer
+from ..loading import LoadedModel, Preprocess, dtype_name, weights_hash
+from ..methods import CaptumMethod, Method
+from ..models import read_anatomy
+from ..sources import Source
+from ..targets import num_top
+from .store import Layout
+
+FORMAT = 1
+RESIZE = ("model", "squash")
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+PACKAGES = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "numcodecs", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be explained and how, checked; it can be pickled.
+
+    Attributes:
+        model: with its preprocessing.
+        source: of the images.
+        methods: by label.
+        target: ``"pred"``, ``"label"`` or ``"topK"``.
+        dtype: element type that the model runs in.
+        backend: of the explanations.
+        resize: ``"model"`` or ``"squash"``; see ``LoadedModel.preprocess``.
+        graph: capture explanations in a CUDA graph where that can be done.
+        deterministic: the same bits each time, also on a GPU.
+        workers: processes that decode photos, for each device.
+
+    Raises:
+        InputError, UnsupportedModelError: something does not fit.
+    """
+
+    model: LoadedModel
+    source: Source
+    methods: Mapping[str, Method]
+    target: str = "pred"
+    dtype: torch.dtype = torch.float32
+    backend: str = "auto"
+    resize: str = "model"
+    graph: bool = True
+    deterministic: bool = True
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZE:
+            raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {self.resize!r}")
+        if self.workers < 0:
+            raise InputError(f"workers: expected 0 or more processes, received {self.workers}")
+        explainer = Explainer(self.model.model, self.methods, self.backend)
+        explainer.check_backend(self.device)
+        anatomy = explainer.anatomy
+        if anatomy.grid is None:
+            raise UnsupportedModelError(f"dataset: expected a model of images, received {type(anatomy.model).__name__}")
+        anatomy.check_image_size(3, *self.model.input_size)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        count = self.model.num_classes
+        if self.target.startswith("top"):
+            num_top(self.target, count)
+        elif self.target not in ("pred", "label"):
+            raise InputError(f"target: expected pred, label or topK, such as top3, received {self.target!r}")
+        if self.target == "label" and self.source.labels is None:
+            raise InputError(f"target: 'label' needs labels, and {self.source.name!r} ({self.source.kind}) has none")
+        for name, label in zip(self.source.ids, self.source.labels or (), strict=False):
+            if not 0 <= label < count:
+                raise InputError(f"label: expected a class from 0 to {count - 1}, received {label} for image {name!r}")
+
+    @property
+    def device(self) -> torch.device:
+        """That the model is on."""
+        return next(self.model.model.parameters()).device
+
+    @property
+    def num_targets(self) -> int | None:
+        """K of ``"topK"``; None where maps have no axis of targets."""
+        return num_top(self.target, self.model.num_classes) if self.target.startswith("top") else None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes photos the model's input."""
+        return self.model.preprocess(self.resize)
+
+    def layout(self, shard: int) -> Layout:
+        """The store's arrays, with that many images a shard."""
+        grid = read_anatomy(self.model.model).grid
+        assert grid is not None
+        size = self.model.input_size
+        patches = tuple(grid(*size))
+        leading = () if self.num_targets is None else (self.num_targets,)
+        shapes = {
+            label: (*leading, *(size if method.resolution == "pixels" else patches)) for label, method in self.methods.items()
+        }
+        return Layout(len(self.source), shard, shapes, self.num_targets)
+
+    def settings(self, batch: int, shard: int) -> dict[str, Any]:
+        """All that maps depend on, as JSON."""
+        return {
+            "format": FORMAT,
+            "model": {
+                "name": self.model.name,
+                "weights_sha256": weights_hash(self.model.model),
+                "resize": self.resize,
+                "preprocessing": {name: self.model.config.get(name) for name in PREPROCESSING},
+                "class_names": None if self.model.class_names is None else list(self.model.class_names),
+            },
+            "data": {
+                "name": self.source.name,
+                "kind": self.source.kind,
+                "path": self.source.location,
+                "split": self.source.split,
+                "images": self.source.images,
+                "count": len(self.source),
+                "sha256": self.source.fingerprint(),
+            },
+            "methods": {label: {"name": method.name, "options": asdict(method)} for label, method in self.methods.items()},
+            "target": self.target,
+            "dtype": dtype_name(self.dtype),
+            "backend": self.backend,
+            "device": self.device.type,
+            "deterministic": self.deterministic,
+            "batch": batch,
+            "shard": shard,
+            "versions": versions(self._packages()),
+        }
+
+    def _packages(self) -> tuple[str, ...]:
+        captum = any(isinstance(method, CaptumMethod) for method in self.methods.values())
+        used = {"captum": captum, "transformers": "transformers" in type(self.model.model).__module__}
+        return (*PACKAGES, *(name for name, is_used in used.items() if is_used))
+
+
+def whole_path(output: str | Path) -> Path:
+    """A store's path as it is used by every process."""
+    return Path(output).absolute()

@@ -1,0 +1,116 @@
+"""Files that are written whole or not at all, and what two settings differ in."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, into a folder that is made where it is not there; it lasts through a loss of power.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    partial = partial_path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses while ``path`` is written, as an error that names the file.
+
+    Raises:
+        InputError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def partial_path(path: Path) -> Path:
+    """A name beside ``path`` that nobody else uses, for what is not whole yet or no longer; ``remove_partials`` knows it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Take away what killed runs left half written in a folder.
+
+    Args:
+        folder: need not be there.
+        name: only what was to become, or has been, the file or folder of that name.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        found = _PARTIAL.fullmatch(path.name)
+        if found and name in (None, found[1]):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make lasting what was renamed, made or removed in a folder; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def differences(standing: Any, asked: Any) -> list[str]:
+    """Where two settings (JSON) differ, each with what stands there and what was asked for."""
+    return list(_differences(standing, asked, ""))
+
+
+def some(texts: list[str], count: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    return "; ".join(texts[:count]) + (f"; and {len(texts) - count} more" if len(texts) > count else "")
+
+
+def _differences(standing: Any, asked: Any, path: str) -> Iterator[str]:
+    if isinstance(standing, dict) and isinstance(asked, dict):
+        for name in {**standing, **asked}:
+            yield from _differences(standing.get(name), asked.get(name), f"{path}.{name}".removeprefix("."))
+    elif standing != asked:
+        yield f"{path}: {_brief(standing)} there, {_brief(asked)} asked for"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:59] + "…"
