@@ -21,12 +21,12 @@ def some(names: Iterable[str], shown: int = 3) -> str:
 
 
 @contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """Silence loggers below errors: retries and defaults are reported once, by the exception."""
+def quiet(*names: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Silence loggers below a level: retries and defaults are reported once, by the exception."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(level)
     try:
         yield
     finally:

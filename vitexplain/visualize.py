@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,11 +136,13 @@ def fitted(text: str, *, end: str = "", keep_tail: bool = False) -> str:
         keep_tail: leave out from the beginning, as of a path, instead of from the end.
     """
     text = " ".join(text.split())  # one line, whatever names of files hold
-    for kept in range(len(text), 0, -1):
-        short = text if kept == len(text) else f"…{text[-kept:]}" if keep_tail else f"{text[:kept].rstrip()}…"
-        if _width(short + end, _SHEET.size) <= _SHEET.width:
-            return short + end
-    return end
+
+    def shortened(kept: int) -> str:
+        return (f"…{text[len(text) - kept :]}" if keep_tail else f"{text[:kept].rstrip()}…") + end
+
+    if _width(text + end, _SHEET.size) <= _SHEET.width:
+        return text + end
+    return shortened(bisect_right(range(1, len(text)), _SHEET.width, key=lambda kept: _width(shortened(kept), _SHEET.size)))
 
 
 def save_panel(path: str | Path, photo: object, maps: Mapping[str, Tensor], *, dpi: int = DPI, **layout: Any) -> Path:
@@ -222,7 +225,7 @@ def _header(title: str, caption: str, width: float) -> list[tuple[str, float, di
     bold = {"size": _TITLE_SIZE, "weight": "bold"}
     small = {"size": _CAPTION_SIZE, "color": _FAINT}
     titles = [(line, _TITLE_LINE, bold) for line in _wrapped(title, width, 0.13, _TITLE_SIZE, "bold")]
-    return titles + [(line, _CAPTION_LINE, small) for line in _wrapped(caption, width, 0.08, _CAPTION_SIZE, "normal")]
+    return titles + [(line, _CAPTION_LINE, small) for line in _wrapped(caption, width, 0.07, _CAPTION_SIZE, "normal")]
 
 
 def _wrapped(text: str, width: float, letter: float, size: float, weight: str) -> list[str]:

@@ -197,8 +197,8 @@ def test_means_of_scaled_maps_by_label(make, monkeypatch, read: int, label: str,
         expected = by_hand(store, label, rows, signed=signed)
         assert np.abs(picture.astype(int) - expected).max() <= 1
     assert words(figure)[0] == f"Mean map of each class: {label}"
-    about = "small_vit on photos · explained: the predicted class · by label (number of images)"
-    assert " ".join(words(figure)[1:3]) == about  # in two lines
+    about = "small_vit on photos · explained: the predicted class · by label (images)"
+    assert words(figure)[1] == about
     check_layout(figure)
 
 
@@ -216,7 +216,7 @@ def test_no_more_maps_than_fit_are_read_at_once(make, monkeypatch) -> None:
 def test_by_prediction_where_there_are_no_labels(make) -> None:
     store = make(labels=False)
     figure = class_means(store)
-    assert "small_vit on photos · explained: the predicted class · by prediction (number of images)" in " ".join(words(figure))
+    assert "small_vit on photos · explained: the predicted class · by prediction (images)" in " ".join(words(figure))
     predictions = store.index["prediction"].to_pylist()
     rows = [row for row, prediction in enumerate(predictions) if prediction == 0]
     assert np.abs(shown(figure)[0].astype(int) - by_hand(store, "rollout", rows, signed=False)).max() <= 1
@@ -283,9 +283,9 @@ def test_long_and_odd_names_fit(tmp_path, count: int) -> None:
 
 @pytest.mark.parametrize("shards", [(), (1,)])
 def test_where_nothing_can_be_drawn_it_is_said(make, shards: tuple[int, ...]) -> None:
-    store = make(shards=shards, lost={row: ("unreadable", None) for row in range(12)})
+    store = make(shards=shards, lost=dict.fromkeys(range(12), ("unreadable", None)))
     for draw in (class_means, lambda store: contact_sheet(store, lambda _: None)):
-        with pytest.raises(InputError, match="expected images with maps in .*received none"):
+        with pytest.raises(InputError, match=r"expected images with maps in .*received none"):
             draw(store)
 
 

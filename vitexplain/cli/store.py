@@ -105,6 +105,7 @@ def _show(
     many = len(asked) > 1
     folder, file = _place(store, output, many)
     rows, failed = _rows(store, asked)
+    total = failed + len(rows)
     finder = _Finder(store, source)
     destinations = [file] if file else [folder / name for name in _file_names([row["id"] for row in rows])]
     for row, destination in zip(rows, destinations, strict=False):
@@ -116,7 +117,7 @@ def _show(
             failed += 1
     finder.conclude()
     if failed:
-        raise Failure(f"{failed} of {failed + len(rows)} images could not be drawn") if many else typer.Exit(1)
+        raise Failure(f"{failed} of {total} images could not be drawn") if many else typer.Exit(1)
 
 
 def _rows(store: MapStore, asked: list[str | int]) -> tuple[list[dict[str, Any]], int]:
@@ -251,34 +252,40 @@ def _summary(
     problems = store.verify() if verify else []
     if not as_json:
         _print(content)
-    pictures = [] if output is None else _draw(store, output, images, method, source)
+        if verify and not problems:
+            typer.echo("verified: every file is as it was written")
+    for problem in problems:
+        complain(problem)
+    pictures, is_drawn = ([], True) if output is None else _draw(store, output, images, method, source)
     if as_json:
         content |= {"verified": not problems if verify else None, "problems": problems, "pictures": pictures}
         typer.echo(json.dumps(content, indent=2))
     else:
         for picture in pictures:
             typer.echo(picture)
-        if verify and not problems:
-            typer.echo("verified: every file is as it was written")
-    for problem in problems:
-        complain(problem)
-    if problems:
+    if problems or not is_drawn:
         raise typer.Exit(1)
 
 
-def _draw(store: MapStore, folder: Path, images: int, method: str | None, source: Path | None) -> list[str]:
-    """Draw both pictures; none where no image has maps."""
+def _draw(store: MapStore, folder: Path, images: int, method: str | None, source: Path | None) -> tuple[list[str], bool]:
+    """The pictures written, none where no image has maps; and whether nothing went wrong, which is reported."""
     from ..dataset.pictures import class_means, contact_sheet
+    from ..errors import ExplanationError
     from ..visualize import save_figure
 
     if "ok" not in store.index["status"].to_pylist():
         typer.echo("note: no pictures, as no image has maps yet", err=True)
-        return []
-    paths = [save_figure(folder / MEANS, class_means(store, method))]
-    finder = _Finder(store, source)
-    paths.append(save_figure(folder / SHEET, contact_sheet(store, finder.find, method, count=images)))
-    finder.conclude()
-    return [str(path) for path in paths]
+        return [], True
+    paths: list[str] = []
+    try:
+        paths.append(str(save_figure(folder / MEANS, class_means(store, method))))
+        finder = _Finder(store, source)
+        paths.append(str(save_figure(folder / SHEET, contact_sheet(store, finder.find, method, count=images))))
+        finder.conclude()
+    except ExplanationError as error:  # a file of the store is damaged, or a picture cannot be written
+        complain(str(error))
+        return paths, False
+    return paths, True
 
 
 def _describe(store: MapStore) -> dict[str, Any]:
@@ -318,7 +325,7 @@ def _reasons(store: MapStore) -> list[dict[str, Any]]:
     for status, reason, path, identity in zip(*columns, strict=True):
         if reason is not None:
             for name in (path, identity):
-                reason = reason.replace(repr(name)[1:-1], "…") if name else reason
+                reason = reason.replace(repr(name), "'…'") if name else reason
             counts[status, reason] += 1
     return [{"status": status, "reason": reason, "images": count} for (status, reason), count in counts.most_common()]
 
@@ -411,7 +418,7 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
         workers = f"{run['workers']} workers" if run.get("workers") is not None else None
         place = ", ".join(str(part) for part in (run.get("engine"), run.get("device"), workers) if part)
         table.add_row(
-            str(run.get("started", "–")).partition(".")[0].replace("T", " "),
+            str(run.get("started", "–"))[:16].replace("T", " "),  # to the minute
             _number(run.get("images"), "{:,}"),
             _number(run.get("seconds"), "{:,.1f}"),
             _number(run.get("images_per_second"), "{:,.1f}"),
@@ -427,7 +434,7 @@ def _number(value: Any, style: str) -> str:
 
 
 def _bytes(count: int) -> str:
-    unit, size = next(
-        (unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1)) if count >= size
-    )
-    return f"{count / size:,.1f} {unit}"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

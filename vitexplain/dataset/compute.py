@@ -280,11 +280,14 @@ def deterministic(device: torch.device, *, enabled: bool) -> Iterator[None]:
         yield
         return
     before, only_warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 def _by_captum(methods: Mapping[str, Method]) -> bool:

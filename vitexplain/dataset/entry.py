@@ -24,8 +24,8 @@ from .compute import BatchExplainer
 from .engine import Engine, Tally
 from .loader import start_early
 from .ranks import Ranks
-from .settings import Plan, whole_path
-from .store import StoreWriter, locked, read_settings
+from .settings import Plan
+from .store import StoreWriter, checked_output, locked, read_settings
 
 ENGINES = ("local", "ray")
 SHARD = {"cpu": 256, "cuda": 1024}  # images that are lost at most when a run is killed
@@ -173,12 +173,16 @@ def run(
         raise InputError(f"engine: expected one of {', '.join(ENGINES)}, received {engine!r}")
     if actors is not None and engine != "ray":
         raise InputError(f"actors: expected them with engine 'ray' alone, received {actors} with {engine!r}")
+    if engine == "ray":
+        from . import on_ray
+
+        on_ray.check(actors)
     times, started = [time.perf_counter()], _now()
     plan = _plan(
         model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
         deterministic=deterministic, workers=workers,
     )  # fmt: skip
-    output = whole_path(output)
+    output = checked_output(output)
     ranks = Ranks()
     if engine == "local" and plan.workers and not (batch == "auto" and plan.device.type == "cpu"):
         start_early()  # a measurement on the CPU would suffer from it
@@ -193,9 +197,7 @@ def run(
         times.append(time.perf_counter())
         counter = _Counter(len(plan.source), sum(len(layout.rows(number)) for number in missing), progress)
         if engine == "ray":
-            from .on_ray import explain_shards
-
-            work = explain_shards(plan, chosen[0], writer, missing, actors, counter)
+            work = on_ray.explain_shards(plan, chosen[0], writer, missing, actors, counter)
         else:
             work = _explain_shards(plan, chosen[0], writer, ranks.share(missing), counter)
         done = Work.of(ranks.gather(work))

@@ -189,7 +189,7 @@ class Decoder:
         """Wait for a task; where workers were killed, begin anew with all that is not done."""
         while task.outcomes is None:
             if not self._workers:
-                task.outcomes = _decode_rows(self._source, self._preprocess, self._slots[task.slot], task.offset, task.rows)
+                task.outcomes = decode_rows(self._source, self._preprocess, self._slots[task.slot], task.offset, task.rows)
                 return
             try:
                 if task.future is None:
@@ -315,10 +315,10 @@ def _begin() -> None:
 def _decode(slot: int, offset: int, rows: range) -> list[Outcome]:
     assert _worker is not None
     source, preprocess, slots = _worker
-    return _decode_rows(source, preprocess, slots[slot], offset, rows)
+    return decode_rows(source, preprocess, slots[slot], offset, rows)
 
 
-def _decode_rows(source: Source, preprocess: Preprocess, photos: Tensor, offset: int, rows: range) -> list[Outcome]:
+def decode_rows(source: Source, preprocess: Preprocess, photos: Tensor, offset: int, rows: range) -> list[Outcome]:
     """Fill ``photos`` from ``offset`` on; black where a photo cannot be read."""
     outcomes = []
     for position, row in enumerate(rows, offset):

@@ -293,8 +293,9 @@ class MapStore:
         return self._rows[places] == numbers
 
     def _sliced(self, which: slice, label: str) -> np.ndarray:
+        rows = np.arange(len(self))
         try:
-            numbers = np.arange(len(self))[which]
+            numbers = rows[which]
         except (TypeError, ValueError) as error:
             raise InputError(f"which: expected a slice of rows, received {which}") from error
         done = self._is_done(numbers)

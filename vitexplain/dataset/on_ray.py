@@ -7,10 +7,10 @@ import gc
 import logging
 import os
 import pickle
-import warnings
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import ExplanationError, InputError
+from ..files import writing
 from ..messages import brief, quiet
 from .engine import Engine, Tally
 from .entry import Work, device_name, waiting_share
@@ -28,13 +29,30 @@ if TYPE_CHECKING:
     from .entry import _Counter
 
 SHARDS_A_TASK = {"cpu": 1, "cuda": 8}  # a GPU is through with a shard in a second, and between two tasks it waits for photos
-RETRIES = 5  # of a task whose actor was killed, before it is taken to be what kills actors
+ATTEMPTS = 5  # at one task, before it is taken to be what ends the actors: Ray Data would go on for ever
 
+_MARKS = "_attempts"  # folder in the index: a file for each task that was begun, a byte for each attempt
 _TASKS_AN_ACTOR = 4  # at least, so that none has much to do when the others are through
 _LONG = 6 * 3600.0  # seconds without any task's end, after which a run ends: Ray Data's own half hour is short for a CPU
 _STORE_BYTES = 256 << 20  # of the object store of a cluster that is started here, besides what is put there
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # errors of Ray Data's own making would stand on the terminal
 _LOGGERS = ("ray", "ray.data")
+
+
+def check(actors: int | None) -> None:
+    """See before any work that Ray can be used.
+
+    Raises:
+        InputError: it is not installed, ``torchrun`` has started this process, or there are to be no actors.
+    """
+    if actors is not None and actors < 1:
+        raise InputError(f"actors: expected at least 1, received {actors}")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise InputError(
+            f"engine: 'ray' starts its processes itself, received {processes} that torchrun has started; use 'local' with them"
+        )
+    _import_ray()
 
 
 def explain_shards(
@@ -51,19 +69,17 @@ def explain_shards(
         counter: told of every task's images when they stand on disk.
 
     Raises:
-        InputError: Ray is not installed or cannot be reached, the cluster is too small, or an actor failed in a way that it
-            can tell of; the other actors are stopped then.
+        InputError: the cluster cannot be reached or is too small, or an actor failed in a way that it can tell of; the other
+            actors are stopped then.
     """
-    if actors is not None and actors < 1:
-        raise InputError(f"actors: expected at least 1, received {actors}")
-    ray = _import_ray()
     counter.tell()
     if not missing:
         return Work()
+    ray = _import_ray()
     parcel = _Parcel.of(plan, batch, writer)
-    with _connected(ray, len(parcel)), quiet(*_LOGGERS, level=logging.CRITICAL):
-        pool = _pool([node["Resources"] for node in ray.nodes() if node["Alive"]], _device_type(plan), actors)
-        tasks = _tasks(missing, pool.actors, SHARDS_A_TASK.get(_device_type(plan), 1))
+    with _connected(ray, len(parcel)), quiet(*_LOGGERS, level=logging.CRITICAL), _marks(writer):
+        pool = _pool([node["Resources"] for node in ray.nodes() if node["Alive"]], plan.device.type, actors)
+        tasks = _tasks(missing, pool.actors, SHARDS_A_TASK.get(plan.device.type, 1))
         try:
             return _collect(_outcomes(ray, parcel, tasks, pool), writer, missing, counter)
         except ray.exceptions.RayTaskError:
@@ -84,19 +100,20 @@ class _Parcel:
     batch: int
     output: Path
     layout: Layout
+    attempts: int
 
     @classmethod
     def of(cls, plan: Plan, batch: int, writer: StoreWriter) -> bytes:
         """Pickled by Ray, which can do that with classes of the caller's script, too."""
         import ray.cloudpickle
 
-        device = _device_type(plan)
+        device = plan.device.type
         if device != "cpu":
             there = replace(plan.model, model=copy.deepcopy(plan.model.model).cpu())
             plan = replace(plan, model=there)
             gc.collect()
             torch.cuda.empty_cache()  # what measuring has left: an actor of this machine needs it
-        return ray.cloudpickle.dumps(cls(plan, device, batch, writer.output, writer.layout))
+        return ray.cloudpickle.dumps(cls(plan, device, batch, writer.output, writer.layout, ATTEMPTS))
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,7 @@ class _Actor:
         self._parcel, self._threads = parcel, threads
         self._engine: Engine | None = None
         self._writer: StoreWriter | None = None
+        self._attempts = 0
         self._before = Work()
 
     def __call__(self, items: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
@@ -133,8 +151,10 @@ class _Actor:
 
         if self._engine is None:
             self._begin()
+        mark = self._mark(shards)
         explainer = self._engine.explainer
         tally = sum((found for _, found in self._engine.write_shards(self._writer, shards)), Tally())
+        mark.unlink(missing_ok=True)
         explainer.settle()
         before, replaced = self._before, self._engine.decoder.replaced
         self._before = Work(busy=explainer.busy, idle=explainer.idle, replaced_workers=replaced)
@@ -148,6 +168,20 @@ class _Actor:
         )
         return _Done(shards, work, ray.get_runtime_context().get_actor_id())
 
+    def _mark(self, shards: tuple[int, ...]) -> Path:
+        """Count the attempts at a task, where the count outlives the process."""
+        mark = self._writer.index / _MARKS / str(shards[0])
+        with writing(mark), mark.open("ab") as stream:
+            stream.write(b".")
+            attempts = stream.tell()
+        if attempts > self._attempts:
+            rows = self._writer.layout.rows(shards[0]).start, self._writer.layout.rows(shards[-1]).stop - 1
+            raise InputError(
+                f"ray: {self._attempts} processes were killed, each at the images {rows[0]} to {rows[1]}, perhaps for want of "
+                "memory; a smaller batch or fewer workers need less; run the same command again"
+            )
+        return mark
+
     def _begin(self) -> None:
         import ray
 
@@ -156,7 +190,7 @@ class _Actor:
         parcel: _Parcel = pickle.loads(ray.get(self._parcel))
         self._writer = StoreWriter(parcel.output, parcel.layout)
         model = replace(parcel.plan.model, model=parcel.plan.model.model.to(parcel.device))
-        self._before = Work()
+        self._before, self._attempts = Work(), parcel.attempts
         self._engine = Engine(replace(parcel.plan, model=model), parcel.batch).__enter__()
 
     def _end(self) -> None:
@@ -215,23 +249,18 @@ def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = 0
+    context.max_errored_blocks = 0  # nothing is left out; tasks of killed actors are done again, as often as it takes
     context.execution_no_progress_timeout_s = _LONG
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, for which there is no other place
-        explained = dataset.map_batches(
-            _Actor,
-            fn_constructor_args=(ray.put(parcel), pool.num_cpus or None),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
-            num_cpus=pool.num_cpus,
-            num_gpus=pool.num_gpus,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
-        )
-    with ExitStack() as stack:
-        rows = stack.enter_context(closing(iter(explained.iter_rows())))
+    explained = dataset.map_batches(
+        _Actor,
+        fn_constructor_args=(ray.put(parcel), pool.num_cpus or None),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(tasks)), max_tasks_in_flight_per_actor=2),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
+    )
+    with closing(iter(explained.iter_rows())) as rows:
         for row in rows:
             outcome = pickle.loads(row["outcome"])
             if isinstance(outcome, ExplanationError):
@@ -254,6 +283,19 @@ def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[i
     if unseen:
         raise InputError(f"ray: {len(unseen)} shards were lost on the way; run the same command again")
     return replace(total, devices=tuple(device for found in devices.values() for device in found))
+
+
+@contextmanager
+def _marks(writer: StoreWriter) -> Iterator[None]:
+    """Room for the actors' marks, empty at first and gone afterwards."""
+    folder = writer.index / _MARKS
+    shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):
+        folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_stands(writer: StoreWriter, number: int) -> None:
@@ -292,8 +334,56 @@ def _connected(ray: Any, size: int) -> Iterator[None]:
         stack.callback(ray.shutdown)
         stack.enter_context(_silent(ray))
         try:
-            ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
+            with _no_stderr():
+                ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"cannot connect to RAY_ADDRESS={address!r}" if address else "cannot start a cluster on this machine"
             raise InputError(f"ray: {what}: {brief(error)}") from error
         yield
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Keep what Ray says of its own accord off the terminal: of a lost actor it prints pages, and the run goes on without.
+
+    Its log files have all of it.
+    """
+    worker, before = ray._private.worker, {name: os.environ.get(name) for name in _QUIET}
+    shown = getattr(worker, "_worker_logs_enabled", None)
+    worker._worker_logs_enabled = False
+    os.environ.update({name: value for name, value in _QUIET.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        if shown is not None:
+            worker._worker_logs_enabled = shown
+        for name in (name for name, value in before.items() if value is None):
+            del os.environ[name]
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Ray's C++ part says where its log level is from, before it has one."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _timeout(ray: Any) -> type[Exception] | tuple[()]:
+    """The error of Ray Data when nothing comes back for long; older versions wait."""
+    return getattr(ray.data.exceptions, "ExecutionTimeoutError", ())
+
+
+def _in_words(error: Exception) -> str:
+    """One line about actors that were lost."""
+    text = str(error).strip()
+    if "creation task" in text:
+        return f"ray: an actor cannot begin: {text.splitlines()[-1]}; every node needs vitexplain and its packages in one version"
+    if isinstance(error, _timeout(_import_ray())):
+        return f"ray: no actor has finished anything for {_LONG / 3600:.0f} hours; run the same command again"
+    return f"ray: {brief(error)}; run the same command again"

@@ -128,7 +128,7 @@ def class_means(store: MapStore, method: str | None = None) -> Figure:
         for place, mean in zip(largest, means, strict=True)
     ]
     of_all = f"the {len(largest)} largest of {len(found):,} classes, " if len(largest) < len(found) else ""
-    caption = f"{_about_store(store)} · {of_all}by {by} (number of images)"
+    caption = f"{_about_store(store)} · {of_all}by {by} (images)"
     return sheet(pictures, title=f"Mean map of each class: {label}", caption=caption, kinds=[signed])
 
 

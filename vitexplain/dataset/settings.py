@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from ..methods import CaptumMethod, Method
 from ..models import read_anatomy
 from ..sources import Source
 from ..targets import num_top
-from .store import Layout
+from .store import FORMAT, Layout
 
-FORMAT = 1
 RESIZE = ("model", "squash")
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 PACKAGES = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "numcodecs", "pyarrow")
@@ -143,8 +141,3 @@ class Plan:
         captum = any(isinstance(method, CaptumMethod) for method in self.methods.values())
         used = {"captum": captum, "transformers": "transformers" in type(self.model.model).__module__}
         return (*PACKAGES, *(name for name, is_used in used.items() if is_used))
-
-
-def whole_path(output: str | Path) -> Path:
-    """A store's path as it is used by every process."""
-    return Path(output).absolute()

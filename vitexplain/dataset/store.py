@@ -151,7 +151,7 @@ class StoreWriter:
     """
 
     def __init__(self, output: Path, layout: Layout) -> None:
-        self.output, self.layout = _check_output(output), layout
+        self.output, self.layout = checked_output(output), layout
         self.index = index_path(self.output)
         if read_settings(self.output) is None or not self.index.is_dir():
             raise InputError(
@@ -174,7 +174,7 @@ class StoreWriter:
         Raises:
             InputError: something else stands there, other settings do, the folder cannot be written, or the disk is too full.
         """
-        output = _check_output(output)
+        output = checked_output(output)
         index = index_path(output)
         settings = json.loads(json.dumps(settings))
         with writing(output):
@@ -285,7 +285,7 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         InputError: another run is writing there, the folder cannot be written, or something else stands there.
     """
-    output = _check_output(output)
+    output = checked_output(output)
     index = index_path(output)
     held = (os.getpid(), os.path.realpath(index))
     taken = InputError(f"output: another run is writing into {str(output)!r}; wait until it has ended, or use another output")
@@ -478,7 +478,12 @@ def _not_installed(package: str) -> InputError:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path) -> Path:
+def checked_output(output: str | Path) -> Path:
+    """A store's path, absolute.
+
+    Raises:
+        InputError: its name is no store's, or it is on no file system.
+    """
     path = Path(output)
     if _URL.match(str(output)):
         raise InputError(f"output: expected a path of a file system, received {str(output)!r}; mount it, or copy the store there")
@@ -488,7 +493,7 @@ def _check_output(output: Path) -> Path:
         is_link = path.is_symlink()
     if is_link:
         raise InputError(f"output: expected a folder, received the link {str(output)!r}; name the folder it leads to")
-    return path
+    return path.absolute()
 
 
 def _check_index(index: Path) -> None:
