@@ -198,3 +198,28 @@ def test_sources_can_be_read_in_other_processes(tmp_path, library) -> None:
         assert reds(view) == [1, 2, 3], source.kind
         assert view.fingerprint() == source.select(slice(1, None)).fingerprint()
         assert [int(red) for red in DataLoader(_Reds(source), batch_size=None, num_workers=1)] == [0, 1, 2, 3], source.kind
+
+
+def test_a_part_for_another_process_is_small_and_has_its_own_photos_and_names(tmp_path, library) -> None:
+    raw = tmp_path / "raw.npz"
+    np.savez(raw, images=np.stack([np.full((8, 8, 3), 10 * index, np.uint8) for index in range(4)]))
+    for source in (*_every_kind(tmp_path, library), open_source(raw)):
+        part = source.select(slice(1, None)).part(range(1, 3))
+        if source.kind == "huggingface":
+            assert part is None, "its files are mapped into memory"
+            continue
+        part = pickle.loads(pickle.dumps(part))
+        assert reds(part) == [2, 3], source.kind
+        assert part.ids == source.ids[2:]
+        assert [part.path(0), part.path(1)] == [source.path(2), source.path(3)]
+        assert len(pickle.dumps(part)) < 8000
+
+
+def test_a_part_of_many_files_does_not_grow_with_their_number(tmp_path) -> None:
+    put(tmp_path / "images", "0.png")
+    lines = ["path,label,id", *(f"images/0.png,{index % 3},{index}" for index in range(5000))]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    source = open_source(tmp_path / "table.csv")
+    part = source.part(range(100, 116))
+    assert part.labels == source.labels[100:116]
+    assert len(pickle.dumps(part)) < 4000 < len(pickle.dumps(source))

@@ -57,6 +57,10 @@ class Reader(Protocol):
         """What changes when the data do, without reading images one by one."""
         ...
 
+    def part(self, positions: Sequence[int]) -> Reader | None:
+        """A reader of these photos alone, in this order; None where the whole one is as small."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -137,6 +141,18 @@ class Source:
         if not chosen.ids:
             raise InputError(f"images: expected a slice that leaves some of the {len(self)} in {self.name!r}, received {indices}")
         return chosen
+
+    def part(self, rows: range) -> Source | None:
+        """The photos of these rows alone, small enough to be sent to another process with each task; without masks.
+
+        None where the whole source is small itself, as its images stay in files that are mapped into memory.
+        """
+        reader = self._reader.part([self._positions[row] for row in rows])
+        if reader is None:
+            return None
+        chosen = slice(rows.start, rows.stop, rows.step)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, ids=self.ids[chosen], labels=labels, _reader=reader, _positions=tuple(range(len(rows))))
 
     def fingerprint(self) -> str:
         """A sha256 in hexadecimal that tells whether the data are still the same ones.

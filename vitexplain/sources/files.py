@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,9 @@ class Files:
 
     def stamps(self, positions: Iterable[int]) -> Iterator[str]:
         return map(stamp, self._paths(positions))
+
+    def part(self, positions: Sequence[int]) -> Files:
+        return Files(tuple(self.photos[position] for position in positions), None, listed=self.listed)
 
     def _paths(self, positions: Iterable[int]) -> Iterator[Path]:
         for position in positions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -67,6 +67,9 @@ class _Rows:
 
     def stamps(self, positions: Iterable[int]) -> Iterator[str]:  # noqa: ARG002
         return (f"{path.name} {stamp(path)}" for path in self.files)
+
+    def part(self, positions: Sequence[int]) -> None:  # noqa: ARG002
+        return None
 
 
 def _encoded(cell: Any, what: str, name: str) -> io.BytesIO | Path:

@@ -38,7 +38,15 @@ class _Encoded:
         return len(self.offsets) - 1
 
     def stream(self, position: int) -> io.BytesIO:
-        return io.BytesIO(self.data[self.offsets[position] : self.offsets[position + 1]].tobytes())
+        return io.BytesIO(self._bytes(position).tobytes())
+
+    def part(self, positions: Sequence[int]) -> _Encoded:
+        """These images alone."""
+        pieces = [self._bytes(position) for position in positions]
+        return _Encoded(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)]))
+
+    def _bytes(self, position: int) -> np.ndarray:
+        return self.data[self.offsets[position] : self.offsets[position + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +76,10 @@ class _Archive:
 
     def stamps(self, positions: Iterable[int]) -> Iterator[str]:  # noqa: ARG002
         yield self._digest
+
+    def part(self, positions: Sequence[int]) -> _Archive:
+        photos = self.photos
+        return _Archive(self.path, photos.part(positions) if isinstance(photos, _Encoded) else photos[list(positions)], None)
 
     @cached_property
     def _digest(self) -> str:

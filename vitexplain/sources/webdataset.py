@@ -62,6 +62,13 @@ class _Members:
     def path_of(self, position: int) -> str:
         return f"{printable(str(self.shards[self.shard[position]]))}::{self.names[position]}"
 
+    def part(self, positions: Sequence[int]) -> _Members:
+        """These files alone, and the shards they are in."""
+        rows = list(positions)
+        used, shard = np.unique(self.shard[rows], return_inverse=True)
+        shards, names = tuple(self.shards[place] for place in used), tuple(self.names[row] for row in rows)
+        return _Members(shards, shard, self.offset[rows], self.size[rows], names)
+
     def stream(self, position: int) -> BinaryIO:
         path = self.shards[self.shard[position]]
         try:
@@ -99,6 +106,9 @@ class _Shards:
         for place in np.unique(self.photos.shard[list(positions)]):
             path = self.photos.shards[place]
             yield f"{printable(path.name)} {stamp(path)}"
+
+    def part(self, positions: Sequence[int]) -> _Shards:
+        return _Shards(self.photos.part(positions), None)
 
 
 # -- which shards ------------------------------------------------------------------------------------------------------
