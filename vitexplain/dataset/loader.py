@@ -109,6 +109,8 @@ class Decoder:
         pinned: bool = False,
     ) -> None:
         self._source, self._preprocess, self._batch, self._workers = source, preprocess, batch, workers
+        # Each task brings its part of the source, so that workers need not hold the names of millions of images.
+        self._sent_whole = source if workers and source.part(range(1)) is None else None
         slots = _num_slots(batch, input_size, workers)
         self._slots = torch.zeros((slots, batch, 3, *input_size), dtype=torch.uint8)
         if workers:
@@ -175,13 +177,13 @@ class Decoder:
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         """Processes that share no lock and no thread with this one, which may hold a GPU."""
-        return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._source, self._preprocess, self._slots))
+        return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._sent_whole, self._preprocess, self._slots))
 
     def _submit(self, task: _Task) -> None:
         if self._pool is None:
             return
         try:
-            task.future = self._pool.submit(_decode, task.slot, task.offset, task.rows)
+            task.future = self._pool.submit(_decode, task.slot, task.offset, task.rows, self._source.part(task.rows))
         except BrokenProcessPool:  # seen when this task is waited for
             task.future = None
 
@@ -235,7 +237,8 @@ class Decoder:
             for _ in range(_TRIES):
                 with self._new_pool(1) as pool:
                     try:
-                        outcomes += pool.submit(_decode, task.slot, task.offset + position, range(row, row + 1)).result()
+                        one = range(row, row + 1)
+                        outcomes += pool.submit(_decode, task.slot, task.offset + position, one, self._source.part(one)).result()
                         break
                     except BrokenProcessPool:
                         continue
@@ -289,10 +292,10 @@ def _is_done(future: Future | None) -> bool:
 
 # -- in a worker ---------------------------------------------------------------------------------------------------------
 
-_worker: tuple[Source, Preprocess, Tensor] | None = None
+_worker: tuple[Source | None, Preprocess, Tensor] | None = None
 
 
-def _prepare_worker(source: Source, preprocess: Preprocess, slots: Tensor) -> None:
+def _prepare_worker(source: Source | None, preprocess: Preprocess, slots: Tensor) -> None:
     global _worker
     _worker = source, preprocess, slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
@@ -312,9 +315,13 @@ def _begin() -> None:
     """Tells that a worker has begun."""
 
 
-def _decode(slot: int, offset: int, rows: range) -> list[Outcome]:
+def _decode(slot: int, offset: int, rows: range, part: Source | None) -> list[Outcome]:
+    """Fill a slot with rows of a source, or with the part of it that has these rows alone."""
     assert _worker is not None
     source, preprocess, slots = _worker
+    if part is not None:
+        source, rows = part, range(len(part))
+    assert source is not None
     return decode_rows(source, preprocess, slots[slot], offset, rows)
 
 

@@ -23,7 +23,7 @@ from ..messages import brief, quiet
 from .engine import Engine, Tally
 from .entry import Work, device_name, waiting_share
 from .settings import Plan
-from .store import Layout, StoreWriter, part_path
+from .store import Layout, StoreWriter, part_path, remove_leftovers
 
 if TYPE_CHECKING:
     from .entry import _Counter
@@ -80,12 +80,15 @@ def explain_shards(
     with _connected(ray, len(parcel)), quiet(*_LOGGERS, level=logging.CRITICAL), _marks(writer):
         pool = _pool([node["Resources"] for node in ray.nodes() if node["Alive"]], plan.device.type, actors)
         tasks = _tasks(missing, pool.actors, SHARDS_A_TASK.get(plan.device.type, 1))
+        stalled = getattr(ray.data.exceptions, "ExecutionTimeoutError", ray.exceptions.RayError)  # older versions wait on
         try:
-            return _collect(_outcomes(ray, parcel, tasks, pool), writer, missing, counter)
+            work = _collect(_outcomes(ray, parcel, tasks, pool), writer, missing, counter)
         except ray.exceptions.RayTaskError:
             raise  # a defect, with its traceback
-        except (ray.exceptions.RayError, _timeout(ray)) as error:
+        except (ray.exceptions.RayError, stalled) as error:
             raise InputError(_in_words(error)) from error
+    remove_leftovers(writer.output, writer.layout)  # of actors that were killed
+    return work
 
 
 # -- in the actors -------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class _Actor:
 
         if self._engine is None:
             self._begin()
-        mark = self._mark(shards)
+        mark = _begin_attempt(self._writer, shards, self._attempts)
         explainer = self._engine.explainer
         tally = sum((found for _, found in self._engine.write_shards(self._writer, shards)), Tally())
         mark.unlink(missing_ok=True)
@@ -167,20 +170,6 @@ class _Actor:
             graphed=explainer.graphed,
         )
         return _Done(shards, work, ray.get_runtime_context().get_actor_id())
-
-    def _mark(self, shards: tuple[int, ...]) -> Path:
-        """Count the attempts at a task, where the count outlives the process."""
-        mark = self._writer.index / _MARKS / str(shards[0])
-        with writing(mark), mark.open("ab") as stream:
-            stream.write(b".")
-            attempts = stream.tell()
-        if attempts > self._attempts:
-            rows = self._writer.layout.rows(shards[0]).start, self._writer.layout.rows(shards[-1]).stop - 1
-            raise InputError(
-                f"ray: {self._attempts} processes were killed, each at the images {rows[0]} to {rows[1]}, perhaps for want of "
-                "memory; a smaller batch or fewer workers need less; run the same command again"
-            )
-        return mark
 
     def _begin(self) -> None:
         import ray
@@ -198,6 +187,25 @@ class _Actor:
         if self._engine is not None:
             self._engine.__exit__()
             self._engine = None
+
+
+def _begin_attempt(writer: StoreWriter, shards: tuple[int, ...], most: int) -> Path:
+    """Count the attempts at a task in a file, as nothing else outlives the process; the file is to be removed after it.
+
+    Raises:
+        InputError: there were ``most`` of them already.
+    """
+    mark = writer.index / _MARKS / str(shards[0])
+    with writing(mark), mark.open("ab") as stream:
+        stream.write(b".")
+        attempts = stream.tell()
+    if attempts > most:
+        first, last = writer.layout.rows(shards[0]).start, writer.layout.rows(shards[-1]).stop - 1
+        raise InputError(
+            f"ray: {most} processes were killed, each at the images {first} to {last}, perhaps for want of memory; a smaller "
+            "batch or fewer workers need less; run the same command again"
+        )
+    return mark
 
 
 # -- in the driver -------------------------------------------------------------------------------------------------------
@@ -331,8 +339,8 @@ def _connected(ray: Any, size: int) -> Iterator[None]:
     if not address:
         options["object_store_memory"] = _STORE_BYTES + 2 * size
     with ExitStack() as stack:
-        stack.callback(ray.shutdown)
         stack.enter_context(_silent(ray))
+        stack.callback(ray.shutdown)
         try:
             with _no_stderr():
                 ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
@@ -374,16 +382,9 @@ def _no_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _timeout(ray: Any) -> type[Exception] | tuple[()]:
-    """The error of Ray Data when nothing comes back for long; older versions wait."""
-    return getattr(ray.data.exceptions, "ExecutionTimeoutError", ())
-
-
 def _in_words(error: Exception) -> str:
     """One line about actors that were lost."""
     text = str(error).strip()
     if "creation task" in text:
         return f"ray: an actor cannot begin: {text.splitlines()[-1]}; every node needs vitexplain and its packages in one version"
-    if isinstance(error, _timeout(_import_ray())):
-        return f"ray: no actor has finished anything for {_LONG / 3600:.0f} hours; run the same command again"
     return f"ray: {brief(error)}; run the same command again"

@@ -182,7 +182,7 @@ class StoreWriter:
             standing = read_settings(output)
             if not overwrite:
                 _check_settings(output, standing, settings)
-            _remove_leftovers(output, layout)
+            remove_leftovers(output, layout)
             index.mkdir(parents=True, exist_ok=True)
             if standing is not None and not overwrite:
                 num_images = min((layout.num_shards - len(parts(index))) * layout.shard, layout.num_images)
@@ -641,7 +641,7 @@ def _encoded_part(rows: Sequence[Row], files: Mapping[str, Any], num_targets: in
     return stream.getvalue()
 
 
-def _remove_leftovers(output: Path, layout: Layout) -> None:
+def remove_leftovers(output: Path, layout: Layout) -> None:
     """Take away what killed runs left half written or half removed."""
     remove_partials(output.parent, output.name)
     for folder in (index_path(output), *(output / name for name in layout.arrays)):
