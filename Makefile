@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 test: lint test-main test-interpreter
 
 test-main: $(INSTALLED) browser
-	@[ -n "$(CHROMIUM)" ] || export VITEXPLAIN_NO_BROWSER=1; $(BIN)/python -m pytest -n auto
+	@[ -n "$(CHROMIUM)" ] || export VITEXPLAIN_NO_BROWSER=1; $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # The report's tests open it in Chromium; where there is none and it cannot be installed they skip, and say so.
 CHROMIUM = $(shell which chromium chromium-browser google-chrome 2>/dev/null | head -n 1)
@@ -44,6 +44,7 @@ gpu: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m bench.cost --device cuda --dtype bfloat16 --model vit_base_patch16_224 --batch 64
 	$(GPU_BIN)/python -m bench.first_call
 	$(GPU_BIN)/python -m bench.operations --device cuda
+	$(GPU_BIN)/python -m bench.dataset --device cuda
 
 tune: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m bench.tune
@@ -69,6 +70,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m bench.cost
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.operations
+	$(BIN)/python -m bench.dataset
+	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.tune --decisions --device cpu
 	$(BIN)/python -m bench.readme
 

@@ -6,7 +6,7 @@
     python -m bench.dataset --device cuda     # photos made on the spot through a ViT-B/16 and a ViT-L/16, nothing written
 
 The CPU's cases read ``../shared/data`` (``--data`` for another folder). Each run is a process of its own; memory is what it and
-its decoding processes hold together, pages that they share counted once.
+its decoding processes hold, pages that they share (libraries, above all) counted in each.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _memory_mib() -> float:
     total = 0
     for process in (here, *here.children(recursive=True)):
         try:
-            total += process.memory_full_info().pss
+            total += process.memory_info().rss
         except psutil.Error:  # it has just ended
             continue
     return total / 2**20

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import shutil
 import signal
 import threading
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ from ..sources import Source
 IMAGES_A_TASK = 16  # what one worker decodes at a time: a batch is shared among workers
 MEMORY = 2 << 30  # bytes that photos waiting for the device may take
 LEAST_SLOTS = 3  # one that the device reads, one whose results come back, one being filled
-_TRIES = 2  # of one photo by itself, before it is taken to be what ends the processes
+_TRIES = 3  # of one photo by itself, before it is taken to be what ends the processes
+_STARTS = 3  # of processes that end before they begin, one after the other, before it is taken to be no accident
 _SHARED_MEMORY = Path("/dev/shm")
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -91,7 +94,7 @@ class Decoder:
         workers: processes; with 0 photos are read in this one, when they are asked for.
         pinned: pin the memory for a GPU.
 
-    A worker that is killed is replaced, and what it had to do is done again. A photo that ends two processes when it is read by
+    A worker that is killed is replaced, and what it had to do is done again. A photo that ends three processes when it is read by
     itself counts as unreadable.
 
     Raises:
@@ -121,6 +124,7 @@ class Decoder:
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
         self._done_since_restart = 0
+        self._failed_starts = 0
         self.waited = 0.0  # seconds
         self.replaced = 0  # how often workers were replaced
 
@@ -131,18 +135,26 @@ class Decoder:
 
     def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            _end(self._pool)
             self._pool = None
         self._flights.clear()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._slots.data_ptr())
 
     def batches(self, wanted: Iterable[range]) -> Iterator[Decoded]:
-        """The batches of these rows in order; as many as there is room for are read ahead."""
+        """The batches of these rows in order; as many as there is room for are read ahead.
+
+        At most two of them may be kept while the next one is asked for.
+
+        Raises:
+            InputError: the machine is in trouble, the source is gone, or processes cannot be started.
+        """
         remaining = iter(wanted)
         while True:
             self._read_ahead(remaining)
             if not self._flights:
+                if not self._free and next(remaining, None) is not None:
+                    raise RuntimeError("batches: expected the release of one before the next is asked for; all places are taken")
                 return
             flight = self._flights[0]
             started = time.perf_counter()
@@ -172,7 +184,7 @@ class Decoder:
 
     def _start_pool(self) -> None:
         self._pool = self._new_pool(self._workers)
-        self._started = self._pool.submit(_begin)
+        self._started = _submitted(self._pool, _begin)
         self._done_since_restart = 0
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
@@ -180,12 +192,11 @@ class Decoder:
         return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._sent_whole, self._preprocess, self._slots))
 
     def _submit(self, task: _Task) -> None:
-        if self._pool is None:
-            return
-        try:
-            task.future = self._pool.submit(_decode, task.slot, task.offset, task.rows, self._source.part(task.rows))
-        except BrokenProcessPool:  # seen when this task is waited for
-            task.future = None
+        if self._pool is not None:
+            task.future = self._sent(self._pool, task.slot, task.offset, task.rows)
+
+    def _sent(self, pool: ProcessPoolExecutor, slot: int, offset: int, rows: range) -> Future[list[Outcome]] | None:
+        return _submitted(pool, _decode, slot, offset, rows, self._source.part(rows))
 
     def _finish(self, task: _Task) -> None:
         """Wait for a task; where workers were killed, begin anew with all that is not done."""
@@ -194,9 +205,7 @@ class Decoder:
                 task.outcomes = decode_rows(self._source, self._preprocess, self._slots[task.slot], task.offset, task.rows)
                 return
             try:
-                if task.future is None:
-                    raise BrokenProcessPool
-                task.outcomes = task.future.result()
+                task.outcomes = _result(task.future)
                 self._done_since_restart += 1
             except BrokenProcessPool:
                 self._restart()
@@ -204,14 +213,9 @@ class Decoder:
     def _restart(self) -> None:
         unfinished = self._collect()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        if self.replaced and not _is_done(self._started):
-            raise InputError(
-                "workers: the processes that decode photos end before they begin: expected a script whose work stands under "
-                "if __name__ == '__main__', as Python's multiprocessing needs it; or workers=0"
-            )
+            _end(self._pool)
         self.replaced += 1
-        if self._done_since_restart == 0 and self.replaced > 1:
+        if self._have_begun(self._started) and self._done_since_restart == 0 and self.replaced > 1:
             for task in unfinished:
                 task.outcomes = self._one_by_one(task)
             unfinished = []
@@ -231,21 +235,65 @@ class Decoder:
         return unfinished
 
     def _one_by_one(self, task: _Task) -> list[Outcome]:
-        """Each photo of a task in a process of its own, so that the one that ends processes is known."""
+        """A task's photos one after the other, so that the one that ends processes is known."""
         outcomes: list[Outcome] = []
-        for position, row in enumerate(task.rows):
-            for _ in range(_TRIES):
-                with self._new_pool(1) as pool:
-                    try:
-                        one = range(row, row + 1)
-                        outcomes += pool.submit(_decode, task.slot, task.offset + position, one, self._source.part(one)).result()
-                        break
-                    except BrokenProcessPool:
-                        continue
-            else:
-                self._slots[task.slot, task.offset + position].zero_()
+        failed = 0
+        while len(outcomes) < len(task.rows):
+            pool = self._new_pool(1)
+            started = _submitted(pool, _begin)
+            try:
+                for position in range(len(outcomes), len(task.rows)):
+                    rows = task.rows[position : position + 1]
+                    outcomes += _result(self._sent(pool, task.slot, task.offset + position, rows))
+                    failed = 0
+            except BrokenProcessPool:
+                failed += self._have_begun(started)
+            finally:
+                _end(pool)
+            if failed == _TRIES:
+                self._slots[task.slot, task.offset + len(outcomes)].zero_()
                 outcomes.append(Outcome(failure="photo: reading it ended the process that read it"))
+                failed = 0
         return outcomes
+
+    def _have_begun(self, started: Future[None] | None) -> bool:
+        """Whether processes that ended had begun; what ended them before is no photo.
+
+        Raises:
+            InputError: none has begun several times.
+        """
+        self._failed_starts = 0 if _is_done(started) else self._failed_starts + 1
+        if self._failed_starts == _STARTS:
+            raise InputError(
+                "workers: the processes that decode photos end before they begin: expected a script whose work stands under "
+                "if __name__ == '__main__', as Python's multiprocessing needs it; or workers=0"
+            )
+        return self._failed_starts == 0
+
+
+def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future | None:
+    """None where the pool is broken, or what starts its processes was killed."""
+    try:
+        return pool.submit(work, *arguments)
+    except (BrokenProcessPool, EOFError, ConnectionError):
+        return None
+
+
+def _result(future: Future | None) -> Any:
+    if future is None:
+        raise BrokenProcessPool
+    return future.result()
+
+
+def _is_done(future: Future | None) -> bool:
+    return future is not None and future.done() and not future.cancelled() and future.exception() is None
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End a pool at once: its processes may wait for a lock that a killed one held, and what they still do is not needed."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def start_early() -> None:
@@ -284,10 +332,6 @@ def _num_slots(batch: int, input_size: tuple[int, int], workers: int) -> int:
 def _pin(memory: Tensor) -> bool:
     """Pin memory that stands already; copies from it need not wait then."""
     return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
-
-
-def _is_done(future: Future | None) -> bool:
-    return future is not None and future.done() and not future.cancelled() and future.exception() is None
 
 
 # -- in a worker ---------------------------------------------------------------------------------------------------------
@@ -333,26 +377,28 @@ def decode_rows(source: Source, preprocess: Preprocess, photos: Tensor, offset: 
             sample = source.sample(row, masks=False)
             photos[position] = preprocess.seen(sample.photo)
             outcomes.append(Outcome(note=sample.note))
-        except InputError as error:
-            if _has_passing_cause(error) or _is_cut_off(source.path(row)):
-                raise InputError(f"{error}; nothing is recorded of it, as it may pass: run the same command again") from error
-            photos[position].zero_()
-            outcomes.append(Outcome(failure=str(error)))
         except Exception as error:  # one odd photo must not stop a run
+            failure = str(error)
+            if not isinstance(error, InputError):
+                failure = f"photo: cannot be made the model's input: {type(error).__name__}: {brief(error)}"
+            if _has_passing_cause(error) or _is_cut_off(source, row):
+                raise InputError(f"{failure}; nothing is recorded of it, as it may pass: run the same command again") from error
             photos[position].zero_()
-            outcomes.append(Outcome(failure=f"photo: cannot be made the model's input: {type(error).__name__}: {brief(error)}"))
+            outcomes.append(Outcome(failure=failure))
     return outcomes
 
 
-def _is_cut_off(path: str | None) -> bool:
+def _is_cut_off(source: Source, row: int) -> bool:
     """Whether more than one file is gone: a disk that is no longer mounted leaves an empty folder, or none."""
-    if path is None:
+    path = source.path(row)
+    if path is None or "\\x" in path:  # bytes that are no text: such a path cannot be looked at
         return False
-    file, _, member = path.partition("::")
-    if os.path.exists(file):
-        return False
-    folder = os.path.dirname(file)
-    return bool(member) or not os.path.isdir(folder) or not os.listdir(folder)
+    if source.kind == "webdataset":
+        return not any(os.path.isfile(path[: found.start()]) for found in re.finditer("::", path))
+    try:
+        return not os.path.exists(path) and not os.listdir(os.path.dirname(path))
+    except OSError:
+        return True
 
 
 def _has_passing_cause(error: BaseException | None) -> bool:

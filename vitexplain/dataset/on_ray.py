@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ ATTEMPTS = 5  # at one task, before it is taken to be what ends the actors: Ray 
 _MARKS = "_attempts"  # folder in the index: a file for each task that was begun, a byte for each attempt
 _TASKS_AN_ACTOR = 4  # at least, so that none has much to do when the others are through
 _LONG = 6 * 3600.0  # seconds without any task's end, after which a run ends: Ray Data's own half hour is short for a CPU
+_REACH = 10.0  # seconds to reach a cluster
 _STORE_BYTES = 256 << 20  # of the object store of a cluster that is started here, besides what is put there
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # errors of Ray Data's own making would stand on the terminal
 _LOGGERS = ("ray", "ray.data")
@@ -339,15 +341,23 @@ def _connected(ray: Any, size: int) -> Iterator[None]:
     if not address:
         options["object_store_memory"] = _STORE_BYTES + 2 * size
     with ExitStack() as stack:
-        stack.enter_context(_silent(ray))
-        stack.callback(ray.shutdown)
         try:
+            _reach(address or "")
+            stack.enter_context(_silent(ray))
+            stack.callback(ray.shutdown)
             with _no_stderr():
                 ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"cannot connect to RAY_ADDRESS={address!r}" if address else "cannot start a cluster on this machine"
             raise InputError(f"ray: {what}: {brief(error)}") from error
         yield
+
+
+def _reach(address: str) -> None:
+    """See that something listens at ``HOST:PORT``: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "://" not in address:
+        socket.create_connection((host, int(port)), _REACH).close()
 
 
 @contextmanager

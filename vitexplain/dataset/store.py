@@ -176,6 +176,8 @@ class StoreWriter:
         """
         output = checked_output(output)
         index = index_path(output)
+        import_zarr()  # what is missing is to be known before the first shard is due
+        import_parquet()
         settings = json.loads(json.dumps(settings))
         with writing(output):
             _check_index(index)
