@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ METHOD = "tokentm"
 SAMPLE_SECONDS = 0.5
 DECODED, REPEATS = 200, 5
 PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 90  # width and height of a usual ImageNet photo
+NAMED = 100_000
 STORED, STORED_GRID, STORED_SHARDS = 1024, (14, 14), 8
 MADE_PHOTOS, MADE_ROWS, MADE_BATCH = 256, 8192, 256
 GPU_MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
@@ -190,6 +192,7 @@ def measure_stages(data: Path) -> list[Row]:
                 assert not any(outcome.failure for outcome in outcomes)
             rows += [_stage(f"decode {name}", "images per second a core", "1/s", rates, case.model)]
             rows += [_stage(f"decode {name}", "bytes an image", "bytes", [size], case.model)]
+        rows += [_stage("source", "bytes an image", "bytes", [_held_an_image(Path(folder))], case.model)]
         rates, sizes = _writing(Path(folder))
         rows += [_stage("write", "images per second a thread", "1/s", rates, case.model)]
         rows += [_stage("write", "bytes an image", "bytes", sizes, case.model)]
@@ -210,6 +213,19 @@ def _bytes_of(photos: Source | Path) -> float:
         with np.load(photos) as arrays:
             return float(np.diff(arrays["offsets"]).mean())
     return float(np.mean([Path(photos.path(i)).stat().st_size for i in range(len(photos))]))
+
+
+def _held_an_image(folder: Path) -> float:
+    """Bytes of memory that an open source takes for each image."""
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    lines = ["path,label,id", *(f"0.png,{row % 1000},n01440764/n01440764_{row:08d}.JPEG" for row in range(NAMED))]
+    (folder / "names.csv").write_text("\n".join(lines))
+    tracemalloc.start()
+    try:
+        source = open_source(folder / "names.csv")
+        return tracemalloc.get_traced_memory()[0] / len(source)
+    finally:
+        tracemalloc.stop()
 
 
 def _writing(folder: Path) -> tuple[list[float], list[float]]:

@@ -25,6 +25,7 @@ from .coverage import read as read_coverage
 from .faithfulness import FAITHFULNESS
 from .operations import COMPUTE, FORWARD, NOT_MEASURED, results_path
 from .record import RESULTS, Row, read_rows
+from .scale import run_table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COST = RESULTS / "cpu" / "cost_vit_small_patch16_224_float32.csv"
@@ -255,6 +256,21 @@ def _speed() -> str:
     return "\n\n".join(parts)
 
 
+def dataset_table() -> str:
+    """Whole data sets: pace, waiting, memory."""
+    lines = []
+    for path in sorted(RESULTS.glob("*/dataset_stream.csv")):
+        rows = read_rows(path)
+        for model in dict.fromkeys(row.model for row in rows):
+            found = {row.metric: row for row in rows if row.model == model}
+            first = found["images per second"]
+            lines.append(
+                f"{model}, {first.dtype}, batch {first.batch}, {first.device}: {first.p50} images/s decoded and explained, "
+                f"{float(found['ratio to bare'].p50):.0%} of a bare `attribute` loop. `python -m bench.dataset --device cuda`"
+            )
+    return "\n".join([*run_table(), "", "`python -m bench.dataset`", "", *(lines or [f"On a GPU: {NOT_MEASURED}."])])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "methods": method_table,
     "coverage": coverage_table,
@@ -262,6 +278,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "operations": operations_table,
     "faithfulness": faithfulness_tables,
+    "dataset": dataset_table,
 }
 
 

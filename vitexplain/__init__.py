@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import dataset as dataset
     from . import methods as methods
     from .errors import ExplanationError, InputError, UnknownNameError, UnsupportedModelError
     from .explainer import Explainer, explain
@@ -26,6 +27,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "__version__",
+    "dataset",
     "explain",
     "margin",
     "methods",
@@ -48,12 +50,14 @@ _HOMES = {
     "similarity": "targets",
 }
 
+_PACKAGES = {"dataset", "methods"}
+
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    elif name == "methods":
-        value = import_module(".methods", __name__)
+    elif name in _PACKAGES:
+        value = import_module(f".{name}", __name__)
     elif name == "__version__":
         value = _version()
     else:
