@@ -144,7 +144,10 @@ class BatchExplainer:
             classes: (batch,) int64 on the host where labels are explained, else None.
             count: how many images are no padding.
         """
-        return self._submit_to_cpu(photos, classes, count) if self._copying is None else self._submit(photos, classes, count)
+        if self._copying is None:
+            return self._submit_to_cpu(photos, classes, count)
+        with torch.cuda.device(self.device):  # events, graphs and streams belong to the current one
+            return self._submit(photos, classes, count)
 
     def _submit_to_cpu(self, photos: Tensor, classes: Tensor | None, count: int) -> Pending:
         started = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -189,6 +191,7 @@ class Decoder:
 
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         """Processes that share no lock and no thread with this one, which may hold a GPU."""
+        start_early()
         return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._sent_whole, self._preprocess, self._slots))
 
     def _submit(self, task: _Task) -> None:
@@ -272,11 +275,28 @@ class Decoder:
 
 
 def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future | None:
-    """None where the pool is broken, or what starts its processes was killed."""
+    """None where the pool is broken, breaks just now, or what starts its processes was killed."""
+    with _uninterrupted():  # Ctrl-C would leave a process that is half started, and that nobody knows of
+        try:
+            return pool.submit(work, *arguments)
+        except (BrokenProcessPool, EOFError, OSError):
+            return None
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the end; Python gives it to the main thread alone."""
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    received: list[tuple] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
     try:
-        return pool.submit(work, *arguments)
-    except (BrokenProcessPool, EOFError, ConnectionError):
-        return None
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[0])
 
 
 def _result(future: Future | None) -> Any:
@@ -298,8 +318,14 @@ def _end(pool: ProcessPoolExecutor) -> None:
 
 def start_early() -> None:
     """Have what starts workers import what they need while there is other work to do."""
-    if _context().get_start_method() == "forkserver":
+    if _context().get_start_method() != "forkserver":
+        return
+    multiprocessing.resource_tracker.ensure_running()  # which would undo the following
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C would show where its imports are
+    try:
         multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _context() -> BaseContext:
