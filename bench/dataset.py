@@ -44,7 +44,7 @@ METHOD = "tokentm"
 SAMPLE_SECONDS = 0.5
 DECODED, REPEATS = 200, 5
 PHOTO_SIZE, PHOTO_QUALITY = (500, 375), 90  # width and height of a usual ImageNet photo
-NAMED = 100_000
+HELD_CLASSES, HELD_A_CLASS = 100, 200  # links to one file, with names of their own
 STORED, STORED_GRID, STORED_SHARDS = 1024, (14, 14), 8
 MADE_PHOTOS, MADE_ROWS, MADE_BATCH = 256, 8192, 256
 GPU_MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
@@ -216,13 +216,17 @@ def _bytes_of(photos: Source | Path) -> float:
 
 
 def _held_an_image(folder: Path) -> float:
-    """Bytes of memory that an open source takes for each image."""
-    Image.new("RGB", (8, 8)).save(folder / "0.png")
-    lines = ["path,label,id", *(f"0.png,{row % 1000},n01440764/n01440764_{row:08d}.JPEG" for row in range(NAMED))]
-    (folder / "names.csv").write_text("\n".join(lines))
+    """Bytes of memory that an open source, a folder of class folders, takes for each image once its fingerprint is known."""
+    Image.new("RGB", (8, 8)).save(folder / "0.jpg")
+    for label in range(HELD_CLASSES):
+        inside = folder / "held" / f"n{label:08d}"
+        inside.mkdir(parents=True)
+        for row in range(HELD_A_CLASS):
+            (inside / f"n{label:08d}_{row:08d}.JPEG").hardlink_to(folder / "0.jpg")
     tracemalloc.start()
     try:
-        source = open_source(folder / "names.csv")
+        source = open_source(folder / "held")
+        source.fingerprint()
         return tracemalloc.get_traced_memory()[0] / len(source)
     finally:
         tracemalloc.stop()

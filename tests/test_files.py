@@ -1,4 +1,4 @@
-"""Files are whole or not there, and differences of settings are readable."""
+"""Files are whole or not there, and folders are made only where that is asked for."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import os
 import pytest
 
 from vitexplain.errors import InputError
-from vitexplain.files import differences, partial_path, remove_partials, some, sync_folder, write_whole
+from vitexplain.files import folder_size, partial_path, remove_partials, sync_folder, write_whole
 
 
 def test_a_file_is_written_into_new_folders_and_written_over(tmp_path) -> None:
     path = tmp_path / "new" / "folder" / "file"
-    write_whole(path, b"first")
+    write_whole(path, b"first", make_folder=True)
     write_whole(path, b"second")
     assert path.read_bytes() == b"second"
     assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_gone_is_not_made_again(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"output: cannot write '.*disk/file': No such file or directory"):
+        write_whole(tmp_path / "disk" / "file", b"x")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
@@ -77,13 +83,8 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path) -> None:
     remove_partials(tmp_path / "nothing")
 
 
-def test_differences_name_what_stands_and_what_is_asked_for() -> None:
-    standing = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": "x" * 100}
-    assert differences(standing, standing) == []
-    found = differences(standing, {"a": 1, "b": {"c": [1, 3]}, "e": "y", "f": True})
-    assert found[0] == "b.c: [1, 2] there, [1, 3] asked for"
-    assert found[1].startswith('e: "xxx')
-    assert "…" in found[1]
-    assert found[2:] == ["f: null there, true asked for"]
-    assert some(found, 1) == f"{found[0]}; and 2 more"
-    assert some(found) == "; ".join(found)
+def test_the_files_of_a_folder_are_counted_together(tmp_path) -> None:
+    write_whole(tmp_path / "a" / "b", bytes(5), make_folder=True)
+    write_whole(tmp_path / "c", bytes(7))
+    assert folder_size(tmp_path) == 12
+    assert folder_size(tmp_path / "nothing") == 0

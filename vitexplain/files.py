@@ -1,17 +1,15 @@
-"""Files that are written whole or not at all, and what two settings differ in."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from .errors import InputError
 
@@ -19,15 +17,22 @@ _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, into a folder that is made where it is not there; it lasts through a loss of power.
+def write_whole(path: Path, content: bytes, *, make_folder: bool = False) -> None:
+    """Write a file whole or not at all; it lasts through a loss of power.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        make_folder: make its folder where it is not there. Where it is gone that stood before, as of a disk that is no longer
+            mounted, a new one would be somewhere else.
 
     Raises:
         InputError: it cannot be written.
     """
     partial = partial_path(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as stream:
                 stream.write(content)
@@ -93,24 +98,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def differences(standing: Any, asked: Any) -> list[str]:
-    """Where two settings (JSON) differ, each with what stands there and what was asked for."""
-    return list(_differences(standing, asked, ""))
-
-
-def some(texts: list[str], count: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
-    return "; ".join(texts[:count]) + (f"; and {len(texts) - count} more" if len(texts) > count else "")
-
-
-def _differences(standing: Any, asked: Any, path: str) -> Iterator[str]:
-    if isinstance(standing, dict) and isinstance(asked, dict):
-        for name in {**standing, **asked}:
-            yield from _differences(standing.get(name), asked.get(name), f"{path}.{name}".removeprefix("."))
-    elif standing != asked:
-        yield f"{path}: {_brief(standing)} there, {_brief(asked)} asked for"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder; what is renamed or removed meanwhile is left out."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total

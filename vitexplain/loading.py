@@ -35,6 +35,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 MAX_SIDE_RATIO = 100
 
 _DEMO_FILES = "demo_vit_cifar10"
+_ROWS = 64  # of an image that are scaled at a time: in float64 the whole of a large one would take eight times its bytes
 _ONE_PICTURE = ("MPO", "PSD")  # further frames are previews, depth maps or layers of the one picture
 _MODES = {  # how messages name Pillow's modes
     "1": "black and white ({})",
@@ -521,6 +522,7 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
 
     Raises:
         InputError: it cannot be read as an image, or not be converted.
+        MemoryError: there is too little memory for it.
     """
     try:
         with warnings.catch_warnings():
@@ -528,6 +530,8 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
             with Image.open(file) as image:
                 image.load()
                 return convert(image)
+    except MemoryError:  # the machine's trouble, not the file's: another try can succeed
+        raise
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{what}: {name} is not an image in a known format") from error
     except Exception as error:  # a damaged file can raise anything inside a decoder
@@ -536,12 +540,21 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: integers of 16 bits are scaled to 8, and what is transparent becomes white."""
-    return _to_rgb(image)[0]
+    rgb, _ = _to_rgb(image)
+    return rgb.copy() if rgb is image else rgb
 
 
 def _as_photo(image: Image.Image) -> Photo:
-    rgb, conversion = _to_rgb(ImageOps.exif_transpose(image))
+    rgb, conversion = _to_rgb(upright(image))
+    if rgb is image:
+        rgb = _detached(image)
     return Photo(rgb, "; ".join(filter(None, (_frames(image), conversion))) or None)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image itself, turned as its metadata say; no copy is made of one that stands upright already."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _frames(image: Image.Image) -> str | None:
@@ -556,18 +569,24 @@ def _frames(image: Image.Image) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """An image of any mode as RGB, and what that changed."""
+    """An image of any mode as RGB, itself where it is, and what that changed."""
     mode = image.mode
     conversion = None if mode == "RGB" else f"converted from {_MODES.get(mode, '{}').format(mode)} to RGB"
     if mode.startswith("I") or mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB"), conversion
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            conversion = f"transparent parts on white ({mode})"
+        image = image if mode == "RGBA" else image.convert("RGBA")
+        if image.getextrema()[3][0] == 255:
+            return image.convert("RGB"), conversion
+        conversion = f"transparent parts on white ({mode})"
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB"), conversion
-    return image.convert("RGB"), conversion
+    return image if mode == "RGB" else image.convert("RGB"), conversion
+
+
+def _detached(image: Image.Image) -> Image.Image:
+    """An image of the same pixels that knows nothing of its file; they are copied only where they lie in the file, mapped."""
+    return image.copy() if image.readonly else image._new(image.im)
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
@@ -578,7 +597,11 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         if largest == -np.inf:
             raise ValueError("none of its values is finite")
         top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
-    return np.rint(np.clip(np.nan_to_num(values) / top, 0, 1) * 255).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):
+        block = np.nan_to_num(values[start : start + _ROWS]) / top
+        scaled[start : start + _ROWS] = np.rint(np.clip(block, 0, 1) * 255)
+    return scaled
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ def make_photos(folder: Path, count: int) -> Path:
     return folder
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    """Fail where that takes long."""
-    end = time.monotonic() + SOON
+def wait_until(condition: Callable[[], object], seconds: float = SOON) -> None:
+    """Fail where that takes longer."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -58,7 +58,7 @@ def in_session(arguments: Sequence[object], folder: Path, inside: Sequence[objec
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 

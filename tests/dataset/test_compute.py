@@ -197,6 +197,8 @@ def test_a_small_data_set_is_not_measured_longer_than_it_takes(plan) -> None:
         ({"target": "label"}, "target: 'label' needs labels, and .* has none"),
         ({"resize": "stretch"}, "resize: expected one of model, squash, received 'stretch'"),
         ({"workers": -1}, "workers: expected 0 or more processes, received -1"),
+        ({"workers": True}, "workers: expected 0 or more processes, received True"),
+        ({"deterministic": 1}, "deterministic: expected True or False, received 1"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(plan, change: dict[str, object], message: str) -> None:

@@ -20,6 +20,7 @@ from vitexplain import dataset
 from vitexplain.dataset import entry
 from vitexplain.dataset.compute import BatchExplainer
 from vitexplain.dataset.settings import Plan
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.errors import InputError, UnknownNameError
 from vitexplain.loading import LoadedModel, load_model
 from vitexplain.sources import Source, open_source
@@ -186,7 +187,8 @@ def test_a_run_goes_on_where_another_one_stopped(demo, source, tmp_path) -> None
     assert files(output) == files(tmp_path / "whole" / "maps.zarr")
     again = run(demo, source, output)
     assert (again.images, again.found, again.waiting_share) == (0, COUNT, None)
-    assert [entry["images"] for entry in dataset.open(output).runs()] == [COUNT - 8, 0]
+    ended = [(entry["ended"], entry["images"]) for entry in dataset.open(output).runs()]
+    assert ended == [("interrupted", 12), ("whole", COUNT - 8), ("whole", 0)]
 
 
 def test_a_lost_file_is_written_anew(demo, source, tmp_path) -> None:
@@ -256,8 +258,19 @@ def test_a_second_run_into_one_store_is_refused(demo, source, tmp_path) -> None:
         ({"engine": "spark"}, "engine: expected one of local, ray, received 'spark'"),
         ({"actors": 2}, "actors: expected them with engine 'ray' alone, received 2 with 'local'"),
         ({"batch": "big"}, "batch: expected a number or 'auto', received 'big'"),
-        ({"batch": 0}, "batch: expected at least 1 image, received 0"),
-        ({"shard": 0}, "shard: expected at least 1 image, received 0"),
+        ({"batch": 0}, "batch: expected 1 or more images, received 0"),
+        ({"batch": 3.7}, "batch: expected 1 or more images, received 3.7"),
+        ({"batch": True}, "batch: expected 1 or more images, received True"),
+        ({"batch": [4]}, "batch: expected 1 or more images"),
+        ({"shard": 0}, "shard: expected 1 or more images, received 0"),
+        ({"shard": "8"}, "shard: expected 1 or more images, received '8'"),
+        ({"workers": "2"}, "workers: expected 0 or more processes, received '2'"),
+        ({"actors": "2", "engine": "ray"}, "actors: expected 1 or more actors, received '2'"),
+        ({"graph": "no"}, "graph: expected True or False, received 'no'"),
+        ({"progress": 3}, "progress, measuring: expected functions, received int"),
+        ({"target": None}, "target: expected pred, label or topK, such as top3, received None"),
+        ({"target": 3}, "target: expected pred, label or topK"),
+        ({"methods": "smoothgrad", "backend": "dense"}, "there is no reference of 'smoothgrad'"),
         ({"dtype": "int8"}, "dtype: expected one of"),
         ({"backend": "triton"}, "triton"),
         ({"methods": []}, "at least one method"),
@@ -270,6 +283,49 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(demo, source, t
     with pytest.raises(InputError, match=message):
         run(demo, source, tmp_path / "maps.zarr", **change)
     assert not (tmp_path / "maps.zarr").exists()
+    if "methods" not in change and "backend" not in change:
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "photos"), "model: expected a LoadedModel, as load_model gives it, received str"),
+        ((None, 3), "source: expected a Source or a path, received int"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(demo, tmp_path, arguments, message: str) -> None:
+    model, source = arguments
+    with pytest.raises(InputError, match=message):
+        run(model or demo, source, tmp_path / "maps.zarr")
+
+
+def test_autocast_around_a_run_is_refused(demo, source, tmp_path) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="expected no autocast"):
+        run(demo, source, tmp_path / "maps.zarr")
+
+
+def test_a_run_is_whole_also_where_there_is_no_memory_to_compare_its_speed(demo, folder, tmp_path, monkeypatch) -> None:
+    def full(_self: BatchExplainer) -> float:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(BatchExplainer, "bare_images_per_second", full)
+    report = run(demo, folder, tmp_path / "maps.zarr", "iba", batch=1)
+    assert report.ok == COUNT - 2
+    assert report.bare_images_per_second is None
+
+
+def test_an_error_of_writing_ends_the_run_before_the_next_shard_is_whole(demo, source, tmp_path, monkeypatch) -> None:
+    def full(*_arguments) -> None:
+        raise InputError("output: No space left on device")
+
+    monkeypatch.setattr(StoreWriter, "write", full)
+    seen: list[int] = []
+    with pytest.raises(InputError, match="No space left"):
+        run(demo, source, tmp_path / "maps.zarr", "iba", batch=1, progress=lambda progress: seen.append(progress.done))
+    assert seen[-1] < 16
+    (ended,) = (entry["ended"] for entry in dataset.open(tmp_path / "maps.zarr").runs())
+    assert ended == "output: No space left on device"
 
 
 def test_an_unknown_method_gets_near_ones(demo, source, tmp_path) -> None:

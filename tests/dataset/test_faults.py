@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,24 +28,10 @@ from vitexplain.dataset import MapStore
 
 from .conftest import in_session, is_running, make_photos, session, wait_until
 
-COUNT, BATCH, SHARD = 160, 2, 2
-NUM_SHARDS = COUNT // SHARD
-UNREADABLE = {0: b"", 17: b"no photo", 88: b"GIF89a", 89: b"", 158: b"\xff\xd8\xff\xe0"}
-OPTIONS = (
-    "--method",
-    "tokentm",
-    "--method",
-    "iba",
-    "--batch",
-    BATCH,
-    "--shard",
-    SHARD,
-    "--workers",
-    2,
-    "--device",
-    "cpu",
-    "--json",
-)
+COUNT, BATCH, SHARD = 203, 2, 8
+NUM_SHARDS = -(-COUNT // SHARD)
+UNREADABLE = {0: b"", 17: b"no photo", 88: b"GIF89a", 89: b"", 202: b"\xff\xd8\xff\xe0"}
+OPTIONS = ["--method=iba", "--method=rollout", f"--batch={BATCH}", f"--shard={SHARD}", "--device=cpu", "--json"]
 END = 300.0  # seconds after which a run is taken to hang
 
 
@@ -57,15 +43,13 @@ class Undisturbed:
         photos: what it has explained, as all other runs do.
         files: the store's, see ``files``.
         index: a row an image.
-        maps: by method, (160, 8, 8).
-        start: seconds until its first shard stood.
+        maps: by method, (203, 8, 8).
     """
 
     photos: Path
     files: dict[str, bytes]
     index: list[dict]
     maps: dict[str, np.ndarray]
-    start: float
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +58,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     photos = make_photos(folder / "photos", COUNT)
     for row, content in UNREADABLE.items():
         sorted(photos.iterdir())[row].write_bytes(content)
-    output, started = folder / "maps.zarr", time.monotonic()
-    run = command(photos, output)
-    wait_until(lambda: parts(output) or run.poll() is not None)
-    seconds = time.monotonic() - started
-    report = finished(run)
+    output = folder / "maps.zarr"
+    report = finished(command(photos, output, 0))
     assert (report["ok"], report["unreadable"], report["not_finite"]) == (COUNT - len(UNREADABLE), len(UNREADABLE), 0)
     store = dataset.open(output)
     assert [row["row"] for row in store.index.to_pylist() if row["status"] == "unreadable"] == list(UNREADABLE)
     maps = {method: store.maps(None, method) for method in store.methods}
-    return Undisturbed(photos, files(output), store.index.to_pylist(), maps, seconds)
+    return Undisturbed(photos, files(output), store.index.to_pylist(), maps)
 
 
-def command(photos: Path, output: Path, *options: object, inside: Sequence[object] = ()) -> subprocess.Popen[str]:
+def command(photos: Path, output: Path, workers: int, *options: object, inside: Sequence[object] = ()) -> subprocess.Popen[str]:
     """Start ``vitexplain dataset``; ``inside`` is what else stands before its name."""
     output.parent.mkdir(exist_ok=True)
-    arguments = ("-m", "vitexplain", "dataset", photos, "--output", output, *OPTIONS, *options)
+    arguments = ("-m", "vitexplain", "dataset", photos, "--output", output, "--workers", workers, *OPTIONS, *options)
     return in_session(arguments, photos.parent, inside)
+
+
+def wait_for(run: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """Until something is so, or the run has ended."""
+    wait_until(lambda: condition() or run.poll() is not None, END)
 
 
 def finished(run: subprocess.Popen[str]) -> dict:
@@ -131,7 +117,7 @@ def check_part(output: Path, undisturbed: Undisturbed) -> None:
         return
     store: MapStore = dataset.open(output)
     index = store.index.to_pylist()
-    assert len(index) == sum(len(store_rows(number)) for number in range(NUM_SHARDS) if stands(output, number))
+    assert len(index) == images(output)
     assert index == [undisturbed.index[row["row"]] for row in index]
     rows = [row["row"] for row in index]
     for method, expected in undisturbed.maps.items():
@@ -139,12 +125,10 @@ def check_part(output: Path, undisturbed: Undisturbed) -> None:
     assert [problem for problem in store.verify() if "shards are not done" not in problem] == []
 
 
-def store_rows(number: int) -> range:
-    return range(number * SHARD, min((number + 1) * SHARD, COUNT))
-
-
-def stands(output: Path, number: int) -> bool:
-    return (output.with_suffix(".parquet") / f"part-{number:06d}.parquet").exists()
+def images(output: Path) -> int:
+    """How many stand."""
+    is_last_there = (output.with_suffix(".parquet") / f"part-{NUM_SHARDS - 1:06d}.parquet").exists()
+    return parts(output) * SHARD - is_last_there * (NUM_SHARDS * SHARD - COUNT)
 
 
 def spread(chance: random.Random, count: int, last: int) -> list[int]:
@@ -159,31 +143,33 @@ def spread(chance: random.Random, count: int, last: int) -> list[int]:
 def test_a_run_that_is_killed_at_10_moments_goes_on_each_time(undisturbed, tmp_path) -> None:
     chance = random.Random(0)
     output = tmp_path / "out" / "maps.zarr"
-    moments = [
-        0,
-        0,
-        0,
-        *spread(chance, 5, NUM_SHARDS - 20),
-        NUM_SHARDS - chance.randint(8, 12),
-        NUM_SHARDS - chance.randint(2, 4),
+    lock = tmp_path / "out" / "maps.parquet" / "_lock"
+
+    def while_it_writes(run: subprocess.Popen[str], shard: int, num_workers: int) -> None:
+        shard = max(shard, parts(output) + 1)
+        wait_for(run, lambda: parts(output) >= shard and len(workers(run)) >= num_workers)
+
+    moments: list[Callable[[subprocess.Popen[str], int], object]] = [
+        lambda _run, _workers: time.sleep(chance.uniform(0, 1)),  # it imports what it needs
+        lambda run, _workers: wait_for(run, lambda: children(run.pid)),  # what starts processes does so
+        lambda run, _workers: wait_for(run, lock.exists),
     ]
+    near_the_end = [NUM_SHARDS - chance.randint(4, 6), NUM_SHARDS - 3]
+    for shard in (*spread(chance, 5, NUM_SHARDS - 8), *near_the_end):
+        moments.append(lambda run, workers, shard=shard: while_it_writes(run, shard, workers))
     runs: list[subprocess.Popen[str]] = []
-    for shard in moments:
-        run = command(undisturbed.photos, output)
-        runs.append(run)
-        if parts(output) >= shard:  # while it starts
-            time.sleep(chance.uniform(0.2, 1.0) * undisturbed.start)
-        wait_until(lambda run=run, shard=shard: parts(output) >= shard or run.poll() is not None)
+    for moment in moments:
+        num_workers = 2 * (len(runs) % 2)
+        runs.append(command(undisturbed.photos, output, num_workers))
+        moment(runs[-1], num_workers)
         time.sleep(chance.uniform(0, 0.03))
-        run.kill()
-        run.communicate(timeout=END)
-        assert run.returncode == -signal.SIGKILL, "it has ended before"
+        runs[-1].kill()
+        runs[-1].communicate(timeout=END)
         check_part(output, undisturbed)
-    before = parts(output)
-    assert before < NUM_SHARDS
-    report = finished(command(undisturbed.photos, output))
-    assert report["found"] + report["images"] == COUNT
-    assert report["images"] == COUNT - SHARD * before
+    assert [run.returncode for run in runs] == [-signal.SIGKILL] * 10, "one has ended before it was killed"
+    before = images(output)
+    report = finished(command(undisturbed.photos, output, 2))
+    assert (report["found"], report["images"]) == (before, COUNT - before)
     check_whole(output, undisturbed)
     wait_until(lambda: not any(map(session, runs)))
 
@@ -191,9 +177,9 @@ def test_a_run_that_is_killed_at_10_moments_goes_on_each_time(undisturbed, tmp_p
 def test_a_run_whose_workers_are_killed_at_6_moments_goes_on(undisturbed, tmp_path) -> None:
     chance = random.Random(1)
     output = tmp_path / "out" / "maps.zarr"
-    run = command(undisturbed.photos, output)
-    for number, shard in enumerate(spread(chance, 6, NUM_SHARDS - 20)):
-        wait_until(lambda shard=shard: (parts(output) >= shard and workers(run)) or run.poll() is not None)
+    run = command(undisturbed.photos, output, 2)
+    for number, shard in enumerate(spread(chance, 6, NUM_SHARDS - 8)):
+        wait_for(run, lambda shard=shard: parts(output) >= shard and workers(run))
         time.sleep(chance.uniform(0, 0.03))
         for worker in workers(run)[: 1 + number % 2]:
             kill(worker)
@@ -206,16 +192,13 @@ def test_a_run_whose_workers_are_killed_at_6_moments_goes_on(undisturbed, tmp_pa
 
 def workers(run: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that decode: children of what starts them."""
-    found = []
-    for process in children(psutil.Process(run.pid)):
-        if any("forkserver" in argument for argument in command_line(process)):
-            found += children(process)
-    return [process for process in found if is_running(process)]
+    starts = [process for process in children(run.pid) if any("forkserver" in text for text in command_line(process))]
+    return [process for start in starts for process in children(start.pid) if is_running(process)]
 
 
-def children(process: psutil.Process) -> list[psutil.Process]:
+def children(pid: int, recursive: bool = False) -> list[psutil.Process]:
     try:
-        return process.children()
+        return psutil.Process(pid).children(recursive)
     except psutil.Error:  # it has just ended
         return []
 
@@ -234,13 +217,35 @@ def kill(process: psutil.Process) -> None:
         return
 
 
+@pytest.mark.xdist_group("ray")
+def test_a_run_on_ray_whose_actors_are_killed_at_4_moments_goes_on(undisturbed, tmp_path) -> None:
+    pytest.importorskip("ray")
+    chance = random.Random(2)
+    output = tmp_path / "out" / "maps.zarr"
+    run = command(undisturbed.photos, output, 0, "--engine", "ray", "--actors", 2)
+    for shard in spread(chance, 4, NUM_SHARDS - 8):
+        wait_for(run, lambda shard=shard: parts(output) >= shard and actors(run))
+        time.sleep(chance.uniform(0, 0.03))
+        for actor in actors(run)[:1]:
+            kill(actor)
+    report = finished(run)
+    assert report["images"] == COUNT
+    assert report["engine"] == "ray"
+    check_whole(output, undisturbed)
+
+
+def actors(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = children(run.pid, recursive=True)
+    return [process for process in found if is_running(process) and "".join(command_line(process)).startswith("ray::MapWorker")]
+
+
 # -- two runs, and a full disk -----------------------------------------------------------------------------------------
 
 
 def test_a_second_run_is_refused_and_the_first_one_is_undisturbed(undisturbed, tmp_path) -> None:
     output = tmp_path / "out" / "maps.zarr"
-    run = command(undisturbed.photos, output)
-    wait_until(lambda: parts(output) or run.poll() is not None)
+    run = command(undisturbed.photos, output, 0)
+    wait_for(run, lambda: parts(output))
     run.send_signal(signal.SIGSTOP)  # so that it is at work for as long as this takes
     before = files(output)
     for more in ((), ("--overwrite",), ("--target", "top2")):
@@ -283,8 +288,8 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on_when_there_is
     disk, inside = small_disk
     there, seen = tmp_path / "disk" / "out" / "maps.zarr", disk / "out" / "maps.zarr"
     seen.parent.mkdir()
-    run = command(undisturbed.photos, there, inside=inside)
-    wait_until(lambda: parts(seen) >= NUM_SHARDS // 3 or run.poll() is not None)
+    run = command(undisturbed.photos, there, 0, inside=inside)
+    wait_for(run, lambda: parts(seen) >= NUM_SHARDS // 3)
     run.send_signal(signal.SIGSTOP)
     fill(disk / "filler")
     run.send_signal(signal.SIGCONT)
@@ -297,11 +302,11 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on_when_there_is
     assert NUM_SHARDS // 3 <= parts(seen) < NUM_SHARDS
     assert not any(path.name.endswith(".partial") for path in seen.parent.rglob("*"))
     check_part(seen, undisturbed)
-    full = command(undisturbed.photos, there, inside=inside)
+    full = command(undisturbed.photos, there, 0, inside=inside)
     assert "free in" in full.communicate(timeout=END)[1]
     assert full.returncode == 1
     (disk / "filler").unlink()
-    report = finished(command(undisturbed.photos, there, inside=inside))
+    report = finished(command(undisturbed.photos, there, 0, inside=inside))
     assert 0 < report["found"] < COUNT
     check_whole(seen, undisturbed)
 

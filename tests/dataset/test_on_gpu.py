@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import timm.data
 import torch
 from PIL import Image
+from torch import nn
 
 from vitexplain import dataset
 from vitexplain.dataset.auto_batch import best_batch
 from vitexplain.dataset.compute import BatchExplainer
 from vitexplain.dataset.settings import Plan
-from vitexplain.loading import load_model
+from vitexplain.loading import LoadedModel, load_model
 from vitexplain.methods import build_methods
 from vitexplain.sources import open_source
 from vitexplain.testing import relative_error
@@ -43,7 +46,7 @@ def maps_of(folder: Path, device: str, **settings) -> tuple[dict[str, torch.Tens
     model = load_model("demo", device=device)
     source = open_source(folder, classes=model)
     batches = list(dataset.stream(model, source, METHODS, **{"batch": 8, "workers": 2, **settings}))
-    assert all(values.device.type == device for batch in batches for values in batch.maps.values())
+    assert all(values.device.type == torch.device(device).type for batch in batches for values in batch.maps.values())
     maps = {method: torch.cat([batch.maps[method] for batch in batches]).cpu() for method in METHODS}
     return maps, [status for batch in batches for status in batch.status]
 
@@ -60,12 +63,60 @@ def test_maps_are_those_of_the_cpu(folder, target: str, graph: bool) -> None:
         assert relative_error(found[method][readable], expected[method][readable]) <= 1e-2, method
 
 
+def random_tiny(device: str) -> LoadedModel:
+    """197 tokens: enough for an attention backward that adds up in any order to show it."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224").eval().to(device)
+    return LoadedModel("vit_tiny_patch16_224", model, timm.data.resolve_model_data_config(model), None)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_runs_give_the_same_bits(folder, dtype: str) -> None:
-    first, _ = maps_of(folder, "cuda", dtype=dtype)
-    second, _ = maps_of(folder, "cuda", dtype=dtype)
+@pytest.mark.parametrize("graph", [True, False])
+def test_two_runs_give_the_same_bits(folder, dtype: str, graph: bool) -> None:
+    model, source = random_tiny("cuda"), open_source(folder)
+    first, second = (
+        [batch.maps for batch in dataset.stream(model, source, METHODS, batch=8, dtype=dtype, graph=graph, workers=0)]
+        for _ in range(2)
+    )
+    for one, other in zip(first, second, strict=True):
+        for method in METHODS:
+            assert torch.equal(one[method], other[method]), method
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_between_batches_torch_is_as_the_caller_has_it(folder) -> None:
+    for _ in dataset.stream(load_model("demo", device="cuda"), open_source(folder), "tokentm", batch=8, workers=0):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_the_second_gpu_is_explained_there(folder) -> None:
+    expected, statuses = maps_of(folder, "cpu")
+    maps_of(folder, "cuda:0")  # a capture on another device came before
+    found, _ = maps_of(folder, "cuda:1")
+    readable = [i for i, status in enumerate(statuses) if status == "ok"]
     for method in METHODS:
-        assert torch.equal(first[method].nan_to_num(), second[method].nan_to_num()), method
+        assert relative_error(found[method][readable], expected[method][readable]) <= 1e-2, method
+
+
+class _LooksAtAValue(nn.Module):
+    """A model that waits for the GPU in its forward, so that it cannot be captured."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert float(tokens.detach().abs().max()) >= 0
+        return self.inside(tokens)
+
+
+def test_a_model_that_cannot_be_captured_is_explained_without_a_graph(folder) -> None:
+    model = load_model("demo", device="cuda")
+    model.model.patch_embed = _LooksAtAValue(model.model.patch_embed)
+    with pytest.warns(UserWarning, match="not replayed from a CUDA graph"):
+        batches = list(dataset.stream(model, open_source(folder), "tokentm", batch=8, workers=0))
+    assert sum(len(batch.ids) for batch in batches) == COUNT
 
 
 def test_a_graph_is_replayed_and_results_do_not_run_into_each_other() -> None:

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from vitexplain.dataset import Progress, Report, on_ray, run
-from vitexplain.dataset.entry import _Counter
 from vitexplain.dataset.on_ray import _begin_attempt, _marks, _pool, _tasks
 from vitexplain.dataset.store import Layout, StoreWriter
+from vitexplain.dataset.work import Counter
 from vitexplain.errors import InputError
 from vitexplain.loading import LoadedModel, load_model
 
@@ -285,4 +285,4 @@ def test_tasks_hold_every_shard_once_and_leave_enough_for_all_actors() -> None:
 
 def test_nothing_is_started_where_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_ray, "_import_ray", lambda: pytest.fail("not needed"))
-    assert on_ray.explain_shards(None, 1, None, [], None, _Counter(4, 0, None)).tally.images == 0
+    assert on_ray.explain_shards(None, 1, None, [], None, Counter(4, 0, None)).tally.images == 0

@@ -82,7 +82,7 @@ def peak(picture: np.ndarray) -> tuple[float, float]:
 
 def test_a_photo_is_what_the_model_saw_of_it(make) -> None:
     store = make()
-    found = Photos(store.settings)
+    found = Photos(store)
     for row in (0, 7, 11):
         photo = found.find(store.row(row))
         assert photo.size == (448, 448)  # the central square of 96 × 64
@@ -91,28 +91,28 @@ def test_a_photo_is_what_the_model_saw_of_it(make) -> None:
 
 def test_where_the_whole_photo_is_squeezed_it_is_shown_in_its_own_proportions(make) -> None:
     store = make(resize="squash")
-    assert Photos(store.settings).find(store.row(0)).size == (672, 448)
+    assert Photos(store).find(store.row(0)).size == (672, 448)
 
 
 def test_the_slice_that_the_store_was_made_of_counts(make) -> None:
     store = make(images="1::2")
-    assert peak(np.asarray(Photos(store.settings).find(store.row(2)))) == pytest.approx(place(5), abs=0.02)
+    assert peak(np.asarray(Photos(store).find(store.row(2)))) == pytest.approx(place(5), abs=0.02)
 
 
 def test_photos_that_have_moved(make, photos, tmp_path) -> None:
     store = make()
     shutil.copytree(photos, tmp_path / "elsewhere")
-    moved = Photos(store.settings, tmp_path / "elsewhere").find(store.row(3))
-    assert np.array_equal(np.asarray(moved), np.asarray(Photos(store.settings).find(store.row(3))))
+    moved = Photos(store, tmp_path / "elsewhere").find(store.row(3))
+    assert np.array_equal(np.asarray(moved), np.asarray(Photos(store).find(store.row(3))))
     with pytest.raises(InputError, match="no file or folder"):
-        Photos(store.settings, tmp_path / "nowhere")
+        Photos(store, tmp_path / "nowhere")
 
 
 def test_another_photo_is_never_taken_for_the_right_one(make, photos, tmp_path) -> None:
     store = make()
     changed = Path(shutil.copytree(photos, tmp_path / "changed"))
     (changed / "class_00" / "photo 0.jpg").unlink()
-    found = Photos(store.settings, changed)
+    found = Photos(store, changed)
     with pytest.raises(
         InputError, match=r"expected 'class_00/photo 1.jpg' as image 1 of 'changed', received 'class_00/photo 2.jpg'"
     ):
@@ -127,7 +127,7 @@ def test_another_photo_is_never_taken_for_the_right_one(make, photos, tmp_path) 
 def test_every_method_lies_over_the_photo_where_its_object_is(make) -> None:
     store = make(methods=BOTH)
     row = store.row("class_01/photo 3.jpg")
-    figure = overlay(store, row, Photos(store.settings).find(row))
+    figure = overlay(store, row, Photos(store).find(row))
     photo, *laid = shown(figure)
     assert len(laid) == 3
     for picture in (photo, *laid):
@@ -149,13 +149,13 @@ def test_one_method_and_no_label(make) -> None:
 def test_a_map_for_each_explained_class_or_for_one_of_them(make) -> None:
     store = make(num_targets=3, methods={"a": (GRID, False), "b": (GRID, True)})
     row = store.row(9)
-    figure = overlay(store, row, Photos(store.settings).find(row))
+    figure = overlay(store, row, Photos(store).find(row))
     names = ("1. crane", "2. crane", "3. tench")  # two classes of one name stay apart
     assert {f"{label}: {name}" for label in "ab" for name in names} < set(words(figure))
     assert "predicted: crane (75.0 %) · label: crane · explained: crane, crane, tench" in words(figure)
     assert len(shown(figure)) == 7
     check_layout(figure)
-    one = overlay(store, row, Photos(store.settings).find(row), target_index=2)
+    one = overlay(store, row, Photos(store).find(row), target_index=2)
     assert {"a", "b", "predicted: crane (75.0 %) · label: crane · explained: tench"} < set(words(one))
     for picture, number in zip(shown(one)[1:], (3, 6), strict=True):
         assert np.array_equal(picture, shown(figure)[number])
@@ -250,7 +250,7 @@ def test_the_largest_of_many_classes(tmp_path) -> None:
 )
 def test_images_spread_evenly_each_under_its_own_map(make, count: int, rows: list[int]) -> None:
     store = make(methods=BOTH, lost=UNREADABLE)
-    figure = contact_sheet(store, Photos(store.settings).find, "lrp:rule=gamma", count=count)
+    figure = contact_sheet(store, Photos(store).find, "lrp:rule=gamma", count=count)
     assert [caption.partition("\n")[0] for caption in captions(figure)] == [store.row(row)["id"] for row in rows]
     assert all(caption.endswith(" (75 %)") for caption in captions(figure))
     for picture, row in zip(shown(figure), rows, strict=True):
@@ -261,7 +261,7 @@ def test_images_spread_evenly_each_under_its_own_map(make, count: int, rows: lis
 
 def test_maps_alone_in_the_place_of_photos_that_are_not_found(make) -> None:
     store = make(methods={"attcat": (GRID, True)})
-    find = Photos(store.settings).find
+    find = Photos(store).find
     figure = contact_sheet(store, lambda row: None if row["row"] == 1 else find(row))
     expected = colorize(upsample(store.maps(1, as_torch=True), 272), signed=True)
     assert np.array_equal(shown(figure)[1], expected)
@@ -276,7 +276,7 @@ def test_long_and_odd_names_fit(tmp_path, count: int) -> None:
     for name, path in zip(("W" * 100, "金魚", "a $ b_{\nx", "i" * 100), sorted(data.rglob("*.jpg"))[::13], strict=False):
         path.rename(path.with_name(f"{name}.jpg"))
     store = open_maps(make_store(tmp_path / "m.zarr", data, names=[ODD] * 10, resize="squash", num_targets=2))
-    check_layout(contact_sheet(store, Photos(store.settings).find, count=count))
+    check_layout(contact_sheet(store, Photos(store).find, count=count))
     for row in drawable(store).to_pylist()[::7]:
         check_layout(overlay(store, row, None, target_index=0))
 
@@ -293,4 +293,4 @@ def test_what_is_done_of_a_run_that_goes_on(make) -> None:
     store = make(shards=[2, 0])
     assert [row["row"] for row in drawable(store).to_pylist()] == [0, 1, 2, 3, 8, 9, 10, 11]
     assert captions(class_means(store)) == ["tench (4)", "crane (4)"]
-    assert len(shown(contact_sheet(store, Photos(store.settings).find))) == 8
+    assert len(shown(contact_sheet(store, Photos(store).find))) == 8

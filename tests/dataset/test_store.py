@@ -100,6 +100,10 @@ def test_other_libraries_read_what_was_written(tmp_path, name) -> None:
         for label, shape in layout.maps.items():
             assert dict(root[label].attrs) == {"name": label, "options": {"depth": 1}}
             maps, scale = root[label]["maps"], root[label]["scale"]
+            targets = () if layout.num_targets is None else ("target",)
+            assert maps.metadata.dimension_names == ("image", *targets, "row", "column")
+            assert scale.metadata.dimension_names == ("image", *targets)
+            assert (dict(maps.attrs), dict(scale.attrs)) == ({"multiply_by": "scale"}, {"multiplies": "maps"})
             assert maps.shape == (layout.num_images, *shape)
             assert maps.shards == (layout.shard, *shape)
             assert (maps.dtype, scale.dtype) == (np.float16, np.float32)
@@ -153,8 +157,9 @@ def test_a_shard_without_any_map_is_written_too(tmp_path) -> None:
     for number in range(3):
         writer.write(number, content_of(layout, number, nothing=True))
     assert writer.missing() == []
-    count, files = store.read_part_files(tmp_path / "maps.parquet" / "part-000002.parquet")
-    assert count == 2
+    part = store.read_part_summary(tmp_path / "maps.parquet" / "part-000002.parquet")
+    files = part.files
+    assert part.rows == (2, 8, 9)
     assert sorted(files) == ["a/maps/c.2.0.0", "a/scale/c.2", "b:depth=2/maps/c.2.0.0", "b:depth=2/scale/c.2"]
     for name, (size, digest) in files.items():
         data = (tmp_path / "maps.zarr" / name).read_bytes()
@@ -203,6 +208,120 @@ def test_only_what_is_missing_is_named(tmp_path) -> None:
     assert writer.missing() == [1, 2], "a part of another shard"
     pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), part)
     assert writer.missing() == [1, 2], "a part of somebody else"
+
+
+@pytest.mark.parametrize("name", ["part-0000001.parquet", "part-1.parquet", "part-00000\u0661.parquet"])
+def test_only_the_name_of_a_part_counts(tmp_path, name) -> None:
+    writer = fill(tmp_path / "maps.zarr", SMALL)
+    part = writer.index / "part-000001.parquet"
+    part.rename(part.with_name(name))
+    assert list(store.parts(writer.index)) == [0]
+    assert writer.missing() == [1]
+
+
+def _with_files(part: Path, change: Callable[[dict], object]) -> None:
+    """A part that says other things of itself."""
+    table = pyarrow.parquet.read_table(part)
+    about = json.loads(table.schema.metadata[b"vitexplain"])
+    change(about)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"vitexplain": json.dumps(about)}), part)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about["files"].clear(),
+        lambda about: about["files"].popitem(),
+        lambda about: about["files"].update({"a/notes": [1, "00"]}),
+        lambda about: about.update(settings="00"),
+        lambda about: about.pop("settings"),
+        lambda about: about.update(files=None),
+    ],
+)
+def test_a_part_that_says_other_things_is_not_done(tmp_path, change) -> None:
+    writer = fill(tmp_path / "maps.zarr", SMALL)
+    _with_files(writer.index / "part-000001.parquet", change)
+    assert writer.missing() == [1]
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch) -> None:
+    writer = fill(tmp_path / "maps.zarr", SMALL)
+    before = digests(tmp_path)
+    ill, error = writer.index / "part-000001.parquet", OSError(errno.EIO, os.strerror(errno.EIO))
+    read, stat = pyarrow.parquet.read_metadata, Path.stat
+
+    def failing(operation: Callable) -> Callable:
+        def tried(path: Path, *args: object, **keywords: object) -> object:
+            if path == ill:
+                raise error
+            return operation(path, *args, **keywords)
+
+        return tried
+
+    monkeypatch.setattr(pyarrow.parquet, "read_metadata", failing(read))
+    with pytest.raises(InputError, match=r"store: cannot read '.*000001.parquet': Input/output error"):
+        writer.missing()
+    error = MemoryError()
+    with pytest.raises(InputError, match=r"store: cannot read '.*000001.parquet': out of memory"):
+        writer.missing()
+    error = FileNotFoundError(errno.ENOENT, "")
+    assert writer.missing() == [1]
+    ill, error = writer.output / "a" / "scale" / "c.0", OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    monkeypatch.setattr(Path, "stat", failing(stat))
+    with pytest.raises(InputError, match=r"store: cannot read '.*a/scale/c.0': Stale file handle"):
+        writer.missing()
+    monkeypatch.undo()
+    assert digests(tmp_path) == before
+
+
+def test_a_store_that_is_removed_during_a_run_is_not_made_again(tmp_path) -> None:
+    (tmp_path / "disk").mkdir()
+    writer = StoreWriter.prepare(tmp_path / "disk" / "maps.zarr", settings_of(SMALL), SMALL)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(InputError, match=r"maps.zarr/zarr.json' is gone: No such file or directory"):
+        writer.write(0, content_of(SMALL, 0))
+    with pytest.raises(InputError, match=r"cannot write '.*_runs.jsonl': No such file or directory"):
+        writer.log({})
+    assert not list((tmp_path / "disk").iterdir())
+    writer = StoreWriter(tmp_path / "unmounted" / "maps.zarr", SMALL)
+    for folder in (writer.output / "a" / "maps", writer.index):
+        folder.rename(tmp_path / "away")
+        with pytest.raises(InputError, match=rf"cannot write '{folder}/.*': No such file or directory"):
+            writer.write(0, content_of(SMALL, 0))
+        assert not folder.exists()
+        (tmp_path / "away").rename(folder)
+    writer.write(0, content_of(SMALL, 0))
+    assert writer.missing() == [1]
+
+
+def test_a_writer_of_an_earlier_run_cannot_write_into_a_store_with_other_settings(tmp_path, monkeypatch) -> None:
+    output = tmp_path / "maps.zarr"
+    earlier = StoreWriter.prepare(output, settings_of(SMALL), SMALL)
+    StoreWriter.prepare(output, settings_of(SMALL, batch=7), SMALL, overwrite=True)
+    before = digests(tmp_path)
+    for writer in (earlier, pickle.loads(pickle.dumps(earlier))):
+        with pytest.raises(InputError, match=r"output: '.*maps.zarr' is another run's by now"):
+            writer.write(0, content_of(SMALL, 0))
+    assert digests(tmp_path) == before
+    StoreWriter.prepare(output, settings_of(SMALL), SMALL, overwrite=True)
+    encoded = StoreWriter._encoded
+
+    def made_anew(self: StoreWriter, name: str, number: int, values: np.ndarray) -> tuple[str, bytes]:
+        if name == "a/scale":
+            StoreWriter.prepare(output, settings_of(SMALL, batch=7), SMALL, overwrite=True)
+        return encoded(self, name, number, values)
+
+    monkeypatch.setattr(StoreWriter, "_encoded", made_anew)
+    with pytest.raises(InputError, match="is another run's by now"):
+        earlier.write(0, content_of(SMALL, 0))
+    assert StoreWriter(output, SMALL).missing() == [0, 1]
+
+
+def test_an_option_that_is_no_number_can_be_gone_on_with(tmp_path) -> None:
+    changes = {"methods": {"a": {"name": "a", "options": {"depth": float("nan")}}}}
+    fill(tmp_path / "maps.zarr", SMALL, **changes)
+    assert fill(tmp_path / "maps.zarr", SMALL, **changes).missing() == []
 
 
 def test_a_shard_is_not_done_while_it_is_written_anew(tmp_path, monkeypatch) -> None:
@@ -287,9 +406,12 @@ def test_content_that_does_not_fit_is_refused(tmp_path) -> None:
 def test_layouts_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="shard: expected at least 1, received 0"):
         Layout(3, 0, {"a": (2, 2)})
-    for label in ("", "a/b", "..", "__a"):
+    for label in ("", "a/b", "..", "__a", "a\nb", "a\0", "zarr.json", "é" * 101):
         with pytest.raises(InputError, match="labels that can name a folder"):
             Layout(3, 1, {label: (2, 2)})
+    with pytest.raises(InputError, match="more than upper and lower case, received 'a' and 'A'"):
+        Layout(3, 1, {"a": (2, 2), "A": (2, 2)})
+    Layout(3, 1, {"é" * 100: (2, 2), "a b": (2, 2)})
 
 
 # -- killed, and full --------------------------------------------------------------------------------------------------
@@ -390,7 +512,7 @@ def test_a_run_that_ends_anywhere_is_made_whole_by_the_next(tmp_path, whole, kil
             for number in done:
                 part = f"maps.parquet/part-{number:06d}.parquet"
                 assert found[part] == whole[part]
-                for name, (_, digest) in store.read_part_files(folder / part)[1].items():
+                for name, (_, digest) in store.read_part_summary(folder / part).files.items():
                     assert found[f"maps.zarr/{name}"] == digest
         fill(output, SMALL)
         assert digests(folder) == whole
@@ -414,7 +536,7 @@ def test_overwriting_that_ends_anywhere_leaves_nothing_mistaken(tmp_path, whole,
         standing = [name for name in found if "part-" in name]
         assert all(found[name] == parts_then[name] for name in standing)
         for name in standing:
-            for path, (_, digest) in store.read_part_files(folder / name)[1].items():
+            for path, (_, digest) in store.read_part_summary(folder / name).files.items():
                 assert found[f"maps.zarr/{path}"] == digest
 
     for folder in _until_whole(tmp_path, killed, before, run):
@@ -429,6 +551,36 @@ def test_overwriting_that_ends_anywhere_leaves_nothing_mistaken(tmp_path, whole,
             assert not list((folder / "maps.parquet").glob("part-*"))
         fill(output, SMALL)
         assert digests(folder) == whole
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are needed")
+def test_files_last_before_what_names_them(tmp_path, monkeypatch) -> None:
+    """Each file is synced before it gets its name, and a shard's files have theirs for good before its part is written."""
+    synced: set[str] = set()  # files, and folders since something in them changed last
+    named: list[Path] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synchronise(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def rename(old: Path, new: Path) -> None:
+        assert str(old) in synced, new
+        if Path(new).name.startswith("part-"):
+            unsynced = [path for path in named if str(path.parent) not in synced]
+            assert not unsynced
+        replace(old, new)
+        synced.discard(str(Path(new).parent))
+        named.append(Path(new))
+
+    monkeypatch.setattr(os, "fsync", synchronise)
+    monkeypatch.setattr(os, "replace", rename)
+    writer = fill(tmp_path / "maps.zarr", SMALL)
+    assert [path.name for path in named[-6:]] == [
+        *("c.0.0.0", "c.0", "part-000000.parquet"),
+        *("c.1.0.0", "c.1", "part-000001.parquet"),
+    ]
+    assert {str(tmp_path), str(writer.index)} <= synced
 
 
 def test_a_full_disk_leaves_what_was_written_whole(tmp_path) -> None:
@@ -476,7 +628,7 @@ with locked(folder / "maps.zarr"):
 def test_a_disk_that_is_too_full_is_refused_before_any_work(tmp_path, monkeypatch) -> None:
     layout = Layout(1000, 100, {"a": (100, 100)})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
-    with pytest.raises(InputError, match=r"output: expected about 16 MB free in '.*' for the maps, received 1 MB"):
+    with pytest.raises(InputError, match=r"output: expected about 15.3 MiB free in '.*' for the maps, received 976.6 KiB"):
         StoreWriter.prepare(tmp_path / "new" / "maps.zarr", settings_of(layout), layout)
     assert not (tmp_path / "new" / "maps.zarr").exists()
     assert fill(tmp_path / "maps.zarr", SMALL).missing() == []
@@ -511,7 +663,13 @@ def _list(path: Path) -> None:
     (path / "zarr.json").write_text("[]")
 
 
+def _no_attributes(path: Path) -> None:
+    path.mkdir()
+    (path / "zarr.json").write_text('{"node_type": "group", "attributes": null}')
+
+
 FOREIGN = {
+    "no attributes": (_no_attributes, "received a Zarr group of something else"),
     "a file": (lambda path: path.write_text(""), "received a file"),
     "other files": (_files, "received a folder that holds 'data'"),
     "a group": (_zarr_group, "received a Zarr group of something else"),

@@ -11,6 +11,7 @@ import pytest
 
 from vitexplain.errors import InputError
 from vitexplain.evaluate.journal import Journal
+from vitexplain.files import partial_path
 
 SETTINGS = {"seed": 0, "methods": {"a": {"options": {"x": (1, 2)}}}}
 
@@ -77,7 +78,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_half(tmp_path, monkeypatch) 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path) -> None:
     Journal(tmp_path, SETTINGS)
-    (tmp_path / "per_image" / "chunk_000000.partial").write_text("half")
+    partial_path(tmp_path / "per_image" / "chunk_000000.npz").write_text("half")
     assert not Journal(tmp_path, SETTINGS).has(0)
     assert not list((tmp_path / "per_image").glob("*.partial"))
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
+
 import pytest
+from PIL import features
 
 from vitexplain import InputError
 from vitexplain.sources import open_source
 
 from .made import cut_photo, put, reds, refused
+
+OTHERS = [suffix for suffix, codec in (("avif", "avif"), ("jp2", "jpg_2000")) if features.check(codec)]
 
 
 def test_class_folders(tmp_path, demo) -> None:
@@ -24,7 +30,7 @@ def test_class_folders(tmp_path, demo) -> None:
     assert (sample.id, sample.label, sample.mask, sample.photo.mode, sample.photo.size) == ("dog/b.png", 5, None, "RGB", (12, 8))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "PNG", "webp", "bmp", "tif", "tiff", "gif", "ppm"])
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "PNG", "webp", "bmp", "tif", "tiff", "gif", "ppm", "jfif", "pgm", *OTHERS])
 def test_a_flat_folder_of_images(tmp_path, suffix: str) -> None:
     source = open_source(put(tmp_path, f"b.{suffix}", f"a.{suffix}"))
     assert (source.kind, source.ids, source.labels, source.has_labels) == ("folder", (f"a.{suffix}", f"b.{suffix}"), None, False)
@@ -39,6 +45,43 @@ def test_class_folders_can_be_links(tmp_path, demo) -> None:
     (tmp_path / "data" / "cat" / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
     source = open_source(tmp_path / "data", classes=demo)
     assert (source.ids, source.labels, reds(source)) == (("cat/b.png", "dog/a.png"), (3, 5), [0, 0])
+
+
+def test_links_that_lead_in_a_circle(tmp_path) -> None:
+    put(tmp_path / "data", "cat/a.png", "dog/deep/b.png")
+    (tmp_path / "data" / "cat" / "self").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "dog" / "deep" / "up").symlink_to("..")
+    (tmp_path / "data" / "all").symlink_to(".")
+    (tmp_path / "data" / "bird").symlink_to("dog")
+    source = open_source(tmp_path / "data")
+    assert source.ids == ("bird/deep/b.png", "cat/a.png", "dog/deep/b.png"), "a folder may be there twice, but not in itself"
+    assert source.labels == (0, 1, 2)
+
+
+def test_images_come_folder_by_folder(tmp_path) -> None:
+    names = ["a b/x.png", "a/x.png", "a/b/x.png", "a/b!.png", "a-b/x.png", "a/b.png"]
+    assert open_source(put(tmp_path, *names)).ids == tuple(sorted(names, key=lambda name: name.split("/")))
+
+
+def test_many_files_take_little_memory(tmp_path) -> None:
+    put(tmp_path, "a.png")
+    count = 2000
+    (tmp_path / "data" / "n01440764").mkdir(parents=True)
+    for index in range(count):
+        os.link(tmp_path / "a.png", tmp_path / "data" / "n01440764" / f"n01440764_{index:08d}.png")
+    lines = ["path", *(f"data/n01440764/n01440764_{index:08d}.png" for index in range(count))]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    for path in (tmp_path / "data", tmp_path / "t.csv"):
+        open_source(path)
+        tracemalloc.start()
+        try:
+            source = open_source(path)
+            source.fingerprint()
+            held = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert len(source) == count
+        assert held < 200 * count
 
 
 def test_train_is_a_class_where_its_images_lie_in_it(tmp_path) -> None:

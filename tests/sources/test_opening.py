@@ -9,7 +9,7 @@ from PIL import Image
 
 from vitexplain.sources import open_source
 
-from .made import make_table, npz_of, picture, put, refused
+from .made import make_dataset, make_table, npz_of, picture, put, refused
 
 
 def test_photos_are_upright(tmp_path) -> None:
@@ -30,6 +30,30 @@ def test_paths_that_are_no_data(tmp_path) -> None:
     refused("expected a folder of images, a .csv, .parquet or .npz file.*received 'data.txt'", tmp_path / "data.txt")
     (tmp_path / "data.csv").write_text("")
     refused(r"is empty \(0 bytes\)", tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/photos", "https://host/a.tar", Path("s3://bucket/photos")])
+def test_addresses_are_no_paths(address) -> None:
+    text = str(address).replace("s3:/b", "s3://b")
+    refused(f"expected a path of a file system, received the address '{text}'", address)
+
+
+def test_a_location_behind_a_link_is_one_that_exists(tmp_path, library) -> None:
+    put(tmp_path / "real", "photos/a.png")
+    (tmp_path / "real" / "inside").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "inside")
+    for path, location in (
+        (tmp_path / "link" / ".." / "photos", tmp_path / "real" / "photos"),
+        (tmp_path / "link" / "..", tmp_path / "real"),
+        (tmp_path / "real" / ".." / "real" / "photos", tmp_path / "real" / "photos"),
+    ):
+        source = open_source(path)
+        assert (source.location, source.name) == (str(location), location.name)
+    (tmp_path / "kept").symlink_to(tmp_path / "real" / "photos")
+    assert open_source(tmp_path / "kept").location == str(tmp_path / "kept")
+    (tmp_path / "real" / "hub").mkdir()
+    make_dataset(library).to_parquet(tmp_path / "real" / "hub" / "train.parquet")
+    assert len(open_source(tmp_path / "link" / ".." / "hub")) == 3
 
 
 @pytest.mark.parametrize("kind", ["csv", "npz", "parquet"])

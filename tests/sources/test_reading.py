@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from vitexplain import InputError
+from vitexplain.loading import load_photo, to_rgb
 from vitexplain.sources import Source, open_source
 
 from .made import cut_photo, encode, joined, picture, write_shard
@@ -147,6 +151,59 @@ def test_what_was_done_to_an_image(tmp_path, case: str) -> None:
     sample = _in_folder(tmp_path, [make()]).sample(0)
     assert sample.photo.mode == "RGB"
     assert sample.note == note
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_pixels_do_not_depend_on_the_file(tmp_path, case: str) -> None:
+    content = READABLE[case][0]()
+    path = tmp_path / "0.jpg"
+    path.write_bytes(content)
+    photo = load_photo(path)
+    path.write_bytes(bytes(len(content)))
+    assert type(photo) is Image.Image
+    with Image.open(io.BytesIO(content)) as image:
+        expected = to_rgb(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(photo))), np.asarray(expected))
+
+
+def test_an_rgb_photo_is_decoded_once_and_not_copied(tmp_path, monkeypatch) -> None:
+    NOISE.save(tmp_path / "a.png")
+    for name in ("copy", "convert"):
+        monkeypatch.setattr(Image.Image, name, lambda *_, name=name: pytest.fail(name))
+    assert load_photo(tmp_path / "a.png").tobytes() == NOISE.tobytes()
+
+
+def test_a_copy_of_a_photo_in_memory_is_its_own() -> None:
+    photo = RED.copy()
+    copied = to_rgb(photo)
+    photo.paste("blue", (0, 0, 24, 16))
+    assert copied.getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_values_of_16_bits_are_rounded_as_in_double_precision_in_little_memory(dtype: type) -> None:
+    values = np.tile(np.arange(65536).astype(dtype).reshape(256, 256), (4, 4))
+    image = Image.fromarray(values)
+    tracemalloc.start()
+    try:
+        photo = to_rgb(image)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    exact = np.rint(np.clip(values / 65535.0, 0, 1) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(photo)[..., 0], exact)
+    assert peak < 16 * values.size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_want_of_memory_is_not_the_photos_fault(tmp_path, monkeypatch, kind: str) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    source = KINDS[kind](tmp_path, [encode(RED)])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        source.sample(0)
 
 
 def test_an_animation_that_ends_early_has_its_first_frame(tmp_path) -> None:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from operator import methodcaller
@@ -19,7 +20,7 @@ import webdataset
 from PIL import Image
 
 from vitexplain import InputError
-from vitexplain.sources import open_source
+from vitexplain.sources import IMAGE_SUFFIXES, open_source
 
 from .made import cut_photo, encode, picture, put, reds, refused, write_shard
 
@@ -80,6 +81,57 @@ def test_a_folder_and_a_pattern_of_shards(tmp_path, monkeypatch) -> None:
     assert open_source("data/shard-{000001..000001}.tar").location == str(folder / "shard-{000001..000001}.tar")
 
 
+def test_a_pattern_of_stars(tmp_path) -> None:
+    folder = _shards(tmp_path / "data[1]", cls=lambda index: index)
+    source = open_source(folder.parent / "data*" / "*.tar")
+    assert (source.name, source.location) == ("*.tar", str(tmp_path / "data*" / "*.tar"))
+    assert (source.labels, reds(source)) == ((0, 1, 2, 3, 4, 5), [0, 1, 2, 3, 4, 5])
+    assert open_source(tmp_path / "{data*,data[[]1]}" / "shard-00000[02].tar").labels == (0, 1, 4, 5) * 2
+    assert open_source(folder / "shard-{000001..000002}.tar").labels == (2, 3, 4, 5), "brackets in a name that is there"
+    refused("received '.*/other-\\*.tar', which none matches", tmp_path / "data*" / "other-*.tar")
+
+
+def test_a_folder_as_img2dataset_writes_it(tmp_path) -> None:
+    for stem in ("00000", "00001"):
+        write_shard(tmp_path / f"{stem}.tar", [_sample(int(stem), json={"caption": "a cat"})])
+        (tmp_path / f"{stem}.parquet").write_bytes(b"not looked at")
+        (tmp_path / f"{stem}_stats.json").write_text("{}")
+    source = open_source(tmp_path)
+    assert (source.kind, reds(source)) == ("webdataset", [0, 1])
+    (tmp_path / "other.parquet").write_bytes(b"not looked at")
+    refused(r"received both \(00000.parquet, 00000.tar\)", tmp_path)
+
+
+def test_a_sample_without_an_image_cannot_be_read_and_leaves_the_others(tmp_path) -> None:
+    files = {"a.png": IMAGE, "a.cls": b"1", "b.cls": b"2", "b.json": b"{}", "c.png": encode(picture(20)), "c.cls": b"3"}
+    source = open_source(_tar(tmp_path / "a.tar", files))
+    assert (source.ids, source.labels) == (("a", "b", "c"), (1, 2, 3))
+    for whole in (source, source.select(slice(1, None)), source.part(range(1, 3))):
+        at = whole.ids.index("b")
+        assert (whole.path(at), whole.path(at + 1)) == (None, f"{tmp_path}/a.tar::c.png")
+        with pytest.raises(InputError, match=r"expected one image .* for 'b' in the shard '.*/a.tar', received cls, json$"):
+            whole.sample(at)
+        assert whole.sample(at + 1).photo.getpixel((3, 3)) == (20, 0, 0)
+
+
+def test_many_samples_take_little_memory_while_they_are_found(tmp_path) -> None:
+    path, count = tmp_path / "a.tar", 3000
+    with tarfile.open(path, "w") as shard:
+        for index in range(count):
+            for extension in ("cls", "png"):
+                shard.addfile(tarfile.TarInfo(f"{index:08d}.{extension}"))
+    open_source(path)
+    tracemalloc.start()
+    try:
+        source = open_source(path)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == count
+    assert held < 250 * count
+    assert peak < 700 * count
+
+
 def test_numbers_in_patterns_are_padded_where_one_begins_with_zero(tmp_path) -> None:
     for number in ("9", "10", "09"):
         write_shard(tmp_path / f"{number}.tar", [_sample(int(number), txt=number)])
@@ -92,10 +144,10 @@ def test_a_file_whose_own_name_has_braces(tmp_path) -> None:
     assert reds(open_source(tmp_path / "a{0..1}.tar")) == [3]
 
 
-@pytest.mark.parametrize("extension", ["jpg", "JPEG", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm"])
+@pytest.mark.parametrize("extension", [*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "JPEG"])
 def test_images_by_extension(tmp_path, extension: str) -> None:
     image = picture(250).convert("L") if extension == "pgm" else picture(250)
-    kind = {"jpg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(extension, extension).upper()
+    kind = {"jpg": "JPEG", "jfif": "JPEG", "tif": "TIFF", "pgm": "PPM", "jp2": "JPEG2000"}.get(extension, extension).upper()
     source = open_source(_tar(tmp_path / "a.tar", {f"a.{extension}": encode(image, kind)}))
     assert (source.ids, source.sample(0).photo.size) == (("a",), (12, 8))
 
@@ -116,6 +168,7 @@ def test_the_files_of_a_key_need_not_be_neighbours(tmp_path) -> None:
         "a.png": encode(picture(20)),
         "b.png": encode(picture(30)),
         ".hidden.png": b"",
+        "dir/._a.png": b"",
         "README": b"x",
         "b.cls": b"1",
         "a.cls": b"0",
@@ -184,13 +237,13 @@ def test_images_that_cannot_be_read_are_named(tmp_path) -> None:
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 TARS = {
-    "no image": ({"a.png": IMAGE, "b.cls": b"1", "b.json": b"{}"}, r"one image \(jpg, .* 'b' in .*a.tar', received cls, json"),
+    "no images": ({"b.cls": b"1", "b.json": b"{}", "c.cls": b"1"}, r"one image \(jpg, .* 'b' in .*a.tar', received cls, json"),
     "only a mask": ({"a.mask.png": MASK}, "for 'a' in the shard .* received mask.png"),
     "two images": ({"a.png": IMAGE, "a.jpg": IMAGE}, r"for 'a' in .* received several \(png, jpg\)"),
     "two parts": ({"a.in.png": IMAGE, "a.out.png": IMAGE}, r"received several \(in.png, out.png\)"),
     "twice": ({"a.png": IMAGE, "a.PNG": IMAGE}, "expected each file once in the shard .*a.tar', received several 'a.PNG'"),
-    "some labels": ({"a.png": IMAGE, "a.cls": b"1", "b.png": IMAGE}, "a label for every sample of 'a.tar' or for none, .* 'b'$"),
-    "some masks": ({"a.png": IMAGE, "a.mask": MASK, "b.png": IMAGE}, "a mask for every sample of 'a.tar' or for none, .* 'b'$"),
+    "some labels": ({"a.png": IMAGE, "a.cls": b"1", "b.png": IMAGE}, "label for every .* 1 of the 2, .* 'b' in the shard 'a.tar'$"),
+    "some masks": ({"a.png": IMAGE, "a.mask": MASK, "b.png": IMAGE}, "mask for every .* 1 of the 2, .* 'b' in the shard 'a.tar'$"),
     "no text": ({"a.png": IMAGE, "a.cls": b"\xff"}, "^label: cannot read 'a.cls' in the shard .*a.tar': "),
     "no json": ({"a.png": IMAGE, "a.json": b"{"}, "^label: cannot read 'a.json' in the shard .*a.tar': "),
     "deep json": ({"a.png": IMAGE, "a.json": b"[" * 100_000}, "^label: cannot read 'a.json'"),

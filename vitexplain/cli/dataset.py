@@ -125,16 +125,15 @@ def _dataset(
         try:
             done = run(loaded, source, names, output, progress=report, measuring=measuring, **settings)
         except KeyboardInterrupt:
-            count = seen[-1].done if seen else 0
-            raise Failure(f"interrupted after {count} of {len(source)} images; the same command goes on from there") from None
+            raise Failure("interrupted; the same command goes on from the last shard that is whole") from None
     if not first:
         return
     if as_json:
         typer.echo(json.dumps({**done.as_log(), "output": str(done.output)}, indent=2))
     else:
         _print(done, source)
-    if done.images and done.unreadable == done.images:
-        raise Failure(f"none of the {done.images} images of this run could be read; see the reasons with 'vitexplain summary'")
+    if done.total == done.unreadable:
+        raise Failure(f"none of the {done.total} images could be read; see the reasons with 'vitexplain summary'")
 
 
 def _print(done: Report, source: Source) -> None:

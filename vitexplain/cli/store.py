@@ -6,16 +6,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
+from ..files import folder_size
+from ..messages import in_bytes
 from .app import Failure, app, complain, guarded
 from .explain import PICTURES
 
 if TYPE_CHECKING:
+    import pyarrow
     from PIL import Image
     from rich.table import Table
 
@@ -28,6 +31,7 @@ _NAME_BYTES = 200  # of a file's name; most file systems take 255
 _FEW = 3  # notes about photos before they are counted only
 _REASONS = 5
 _RUNS = 10
+_ROWS_AT_ONCE = 10_000
 
 Store = Annotated[Path, typer.Argument(help="The store that 'vitexplain dataset' wrote.", metavar="OUT.zarr", show_default=False)]
 Source = Annotated[Path | None, typer.Option(help="Where the photos are now. Default: where they were.")]
@@ -146,34 +150,41 @@ class _Finder:
 
     def __init__(self, store: MapStore, source: Path | None) -> None:
         from ..dataset.pictures import Photos
-        from ..errors import ExplanationError
 
-        self._photos: Photos | None = None
+        self._photos: Photos | None = Photos(store, source)
+        self._hint = "" if source else "; where they are now can be given with --source"
         self._missing = 0
-        try:
-            self._photos = Photos(store.settings, source)
-        except ExplanationError as error:
-            hint = "" if source else "; where they are now can be given with --source"
-            typer.echo(f"note: the maps are drawn without photos: {error}{hint}", err=True)
+        self._has_doubt = False
 
     def find(self, row: Mapping[str, Any]) -> Image.Image | None:
         """The photo of a row of the index, or None."""
+        from ..dataset.pictures import NoPhotos
         from ..errors import ExplanationError
 
         if self._photos is None:
             return None
         try:
+            if row["path"] is None:
+                self._tell(self._photos.doubt)
             return self._photos.find(row)
+        except NoPhotos as error:
+            self._photos = None
+            typer.echo(f"note: the maps are drawn without photos: {error}{self._hint}", err=True)
         except ExplanationError as error:
             self._missing += 1
             if self._missing <= _FEW:
                 typer.echo(f"note: {row['id']!r} is drawn without its photo: {error}", err=True)
-            return None
+        return None
 
     def conclude(self) -> None:
         """Count what was not said."""
         if self._missing > _FEW:
             typer.echo(f"note: {self._missing - _FEW} more are drawn without their photos", err=True)
+
+    def _tell(self, doubt: str | None) -> None:
+        if doubt is not None and not self._has_doubt:
+            self._has_doubt = True
+            typer.echo(f"note: {doubt}", err=True)
 
 
 def _check_methods(store: MapStore, labels: list[str]) -> None:
@@ -248,12 +259,12 @@ def _summary(
     _check_methods(store, [method] if method else [])
     if output is not None:
         _make_folder(store, output)
-    content = _describe(store)
+    content = {"store": str(path), **_describe(store)}
     problems = store.verify() if verify else []
     if not as_json:
         _print(content)
         if verify and not problems:
-            typer.echo("verified: every file is as it was written")
+            typer.echo(_verified(content["progress"]))
     for problem in problems:
         complain(problem)
     pictures, is_drawn = ([], True) if output is None else _draw(store, output, images, method, source)
@@ -273,7 +284,7 @@ def _draw(store: MapStore, folder: Path, images: int, method: str | None, source
     from ..errors import ExplanationError
     from ..visualize import save_figure
 
-    if "ok" not in store.index["status"].to_pylist():
+    if "ok" not in _counts(store.index["status"]):
         typer.echo("note: no pictures, as no image has maps yet", err=True)
         return [], True
     paths: list[str] = []
@@ -288,18 +299,23 @@ def _draw(store: MapStore, folder: Path, images: int, method: str | None, source
     return paths, True
 
 
+def _verified(progress: Mapping[str, Any]) -> str:
+    if progress["complete"]:
+        return "verified: every file is as it was written"
+    left = progress["shards_of"] - progress["shards"]
+    return f"verified: every file of the shards that are done is as it was written; {left:,} are not done yet"
+
+
 def _describe(store: MapStore) -> dict[str, Any]:
     """What there is to say about a store, as JSON."""
     settings = store.settings
     model = {key: value for key, value in settings["model"].items() if key != "class_names"}
-    status = Counter(store.index["status"].to_pylist())
-    maps, index = _size(store.path), _size(store.path.with_suffix(".parquet"))
+    maps, index = folder_size(store.path), folder_size(store.path.with_suffix(".parquet"))
     return {
-        "store": str(store.path),
         **settings,
         "model": model,
         "progress": _progress(store),
-        "status": dict(status.most_common()),
+        "status": _counts(store.index["status"]),
         "reasons": _reasons(store),
         "accuracy": _accuracy(store),
         "bytes": {"maps": maps, "index": index, "all": maps + index},
@@ -312,38 +328,39 @@ def _progress(store: MapStore) -> dict[str, Any]:
     return {
         "images": len(store.index),
         "images_of": len(store),
-        "shards": len({row // shard for row in store.index["row"].to_pylist()}),
+        "shards": len(np.unique(store.index["row"].to_numpy() // shard)),
         "shards_of": -(-len(store) // shard),
         "complete": store.is_complete,
     }
 
 
+def _counts(column: pyarrow.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs, the most frequent first."""
+    counts = {entry["values"]: entry["counts"] for entry in column.value_counts().to_pylist()}
+    return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
+
+
 def _reasons(store: MapStore) -> list[dict[str, Any]]:
     """Why images have no maps, or were converted, the most frequent first; the images' own names are left out of the reasons."""
     counts: Counter[tuple[str, str]] = Counter()
-    columns = (store.index[name].to_pylist() for name in ("status", "reason", "path", "id"))
-    for status, reason, path, identity in zip(*columns, strict=True):
-        if reason is not None:
-            for name in (path, identity):
-                reason = reason.replace(repr(name), "'…'") if name else reason
-            counts[status, reason] += 1
+    told = store.index.select(["status", "reason", "path", "id"]).filter(store.index["reason"].is_valid())
+    for row in (row for batch in told.to_batches(max_chunksize=_ROWS_AT_ONCE) for row in batch.to_pylist()):
+        reason = row["reason"]
+        for name in (row["path"], row["id"]):
+            reason = reason.replace(repr(name), "'…'") if name else reason
+        counts[row["status"], reason] += 1
     return [{"status": status, "reason": reason, "images": count} for (status, reason), count in counts.most_common()]
 
 
 def _accuracy(store: MapStore) -> dict[str, Any] | None:
     """How many labels were predicted, None where there are no labels."""
-    columns = (store.index[name].to_pylist() for name in ("label", "prediction"))
-    right = [label == prediction for label, prediction in zip(*columns, strict=True) if None not in (label, prediction)]
-    return {"value": sum(right) / len(right), "correct": sum(right), "images": len(right)} if right else None
+    import pyarrow.compute as pc
 
-
-def _size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # a run that goes on has renamed it
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    right = pc.equal(store.index["label"], store.index["prediction"]).drop_null()  # null where one of them is
+    if not len(right):
+        return None
+    correct = pc.sum(right).as_py()
+    return {"value": correct / len(right), "correct": correct, "images": len(right)}
 
 
 def _print(content: Mapping[str, Any]) -> None:
@@ -361,9 +378,10 @@ def _print(content: Mapping[str, Any]) -> None:
     console.print(table)
     if not content["progress"]["images"]:
         console.print("\nNo shard is done yet: there are no maps to look at.")
-    if content["runs"]:
+    runs = [run for run in content["runs"] if run.get("images") != 0]  # those that found everything done
+    if runs:
         console.print()
-        console.print(_runs_table(content["runs"]))
+        console.print(_runs_table(runs))
 
 
 def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -385,7 +403,7 @@ def _lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("status", ", ".join(f"{name} {count:,}" for name, count in content["status"].items()) or "–"),
         *_reason_lines(content["reasons"]),
         *_accuracy_line(content["accuracy"]),
-        ("on disk", f"{_bytes(size['all'])} (maps {_bytes(size['maps'])}, index {_bytes(size['index'])})"),
+        ("on disk", f"{in_bytes(size['all'])} (maps {in_bytes(size['maps'])}, index {in_bytes(size['index'])})"),
     ]
 
 
@@ -416,7 +434,8 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
     table.add_column("on", overflow="fold")
     for run in runs[-_RUNS:]:
         workers = f"{run['workers']} workers" if run.get("workers") is not None else None
-        place = ", ".join(str(part) for part in (run.get("engine"), run.get("device"), workers) if part)
+        ended = None if run.get("ended") in (None, "whole") else f"ended: {run['ended']}"
+        place = ", ".join(str(part) for part in (run.get("engine"), run.get("device"), workers, ended) if part)
         table.add_row(
             str(run.get("started", "–"))[:16].replace("T", " "),  # to the minute
             _number(run.get("images"), "{:,}"),
@@ -431,10 +450,3 @@ def _runs_table(runs: list[dict[str, Any]]) -> Table:
 
 def _number(value: Any, style: str) -> str:
     return style.format(value) if isinstance(value, int | float) else "–"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count} bytes"

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from .auto_batch import Measured
-from .entry import ExplainedBatch, Progress, Report, run, stream
+from .entry import ExplainedBatch, Report, run, stream
 from .maps import MapStore
 from .maps import open_maps as open
+from .work import Progress
 
 __all__ = ["ExplainedBatch", "MapStore", "Measured", "Progress", "Report", "open", "run", "stream"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InputError
-from .compute import BatchExplainer, deterministic
+from .compute import BatchExplainer, deterministic, is_out_of_memory
 from .settings import Plan
 
 LARGEST = {"cpu": 64, "cuda": 1024}
@@ -37,11 +37,9 @@ def best_batch(plan: Plan, report: Callable[[Measured], None] = lambda _measured
     device = plan.device
     found: list[Measured] = []
     batch = 1
-    while batch <= max(1, min(LARGEST.get(device.type, 64), _PART * len(plan.source))):
-        try:
-            seconds = _seconds(plan, batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache() if device.type == "cuda" else None
+    while batch <= max(1, min(LARGEST[device.type], _PART * len(plan.source))):
+        seconds = _seconds_or_none(plan, batch)
+        if seconds is None:
             break
         found.append(Measured(batch, batch / seconds))
         report(found[-1])
@@ -54,11 +52,38 @@ def best_batch(plan: Plan, report: Callable[[Measured], None] = lambda _measured
     return next(measured.batch for measured in found if measured.images_per_second >= ENOUGH * best)
 
 
+def try_one_batch(plan: Plan) -> None:
+    """Explain one image of noise, looking at its values, so that what cannot be explained is refused before any work.
+
+    Raises:
+        InputError, UnsupportedModelError: the model or a method on it cannot be explained.
+    """
+    explainer = BatchExplainer(plan.model, plan.methods, batch=1, graph=False, **plan.how)
+    photos, classes = explainer.sample_batch()
+    with deterministic(explainer.device, enabled=plan.deterministic):
+        try:
+            explainer.explain(photos, classes, check_values=True)
+        except InputError:  # of noise the values may be what they like; anything else comes again
+            explainer.explain(photos, classes)
+
+
+def _seconds_or_none(plan: Plan, batch: int) -> float | None:
+    """Seconds a batch takes; None where there is not enough memory for it."""
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the batch before has left would count as this one's
+    try:
+        return _seconds(plan, batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    except MemoryError:
+        pass
+    return None
+
+
 def _seconds(plan: Plan, batch: int) -> float:
     """Seconds a batch takes: the fastest of a few, as what else runs on the machine only adds to it."""
-    explainer = BatchExplainer(
-        plan.model, plan.methods, target=plan.target, dtype=plan.dtype, backend=plan.backend, batch=batch, graph=plan.graph
-    )
+    explainer = BatchExplainer(plan.model, plan.methods, batch=batch, graph=plan.graph, **plan.how)
     device = explainer.device
     photos, classes = (None if tensor is None else tensor.cpu() for tensor in explainer.sample_batch())
     if device.type == "cuda":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..capture import without_looking
+from ..errors import InputError
 from ..explainer import Explainer
 from ..explanation import Explanation
 from ..loading import LoadedModel, in_dtype
+from ..messages import brief
 from ..methods import CaptumMethod, Method
 
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
 _LARGEST_EXPONENT = 126  # of a scale: its inverse must be a normal float32, too
 
 
@@ -57,7 +61,7 @@ def pack(maps: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest = maps.abs().amax((-2, -1))
     exponent = torch.frexp(torch.nan_to_num(largest, 1.0)).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    scale = ((exponent.int() + 127) << 23).view(torch.float32)  # the number whose exponent it is, to the bit
     scale = torch.where(torch.isfinite(largest), scale, torch.nan)  # the largest of a map with NaN is NaN
     return (maps / scale[..., None, None]).half(), scale
 
@@ -103,7 +107,7 @@ class BatchExplainer:
 
     Attributes:
         busy, idle: seconds that the device was explaining, and that it waited between two batches.
-        graphed: whether batches are replayed from a graph.
+        graphed: whether batches are replayed from a graph, or will be; false from the first batch on where that cannot be done.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class BatchExplainer:
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[Tensor, Tensor | None, dict[str, Tensor]] | None = None
-        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"
+        self._copying = torch.cuda.Stream(self.device) if on_gpu else None
+        self._capturing = torch.cuda.Stream(self.device) if on_gpu else None  # torch's own one belongs to one device
         self._last: float | torch.cuda.Event | None = None
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event | None]] = []
 
@@ -167,18 +173,20 @@ class BatchExplainer:
         for tensor in (photos, classes):
             if tensor is not None:
                 tensor.record_stream(main)
+        if self.graphed and self._graph is None:
+            self._capture(photos, classes)
         started, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        started.record()
+        started.record(main)
         outputs = self._replay(photos, classes) if self.graphed else self._outputs(photos, classes)
         outputs = {name: self._hand_out(name, tensor) for name, tensor in outputs.items()}
-        done.record()
+        done.record(main)
         self._timed.append((started, done, self._last))
         self._last = done
         return Pending(outputs, count, done, copied)
 
     def _hand_out(self, name: str, tensor: Tensor) -> Tensor:
-        """On the host, or as a copy where the next replay writes over it."""
-        if not self.packed and name.partition("/")[0] in ("maps", "prediction", "score", "target", "target_score"):
+        """On the host; maps that are not packed on the device, as a copy where the next replay writes over them."""
+        if not self.packed and name.startswith("maps/"):
             return tensor.clone() if self.graphed else tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
@@ -194,10 +202,9 @@ class BatchExplainer:
             self.idle += 0.0 if before is None else max(0.0, before.elapsed_time(started) / 1000)
         self._timed = unfinished
 
-    def explain(self, photos: Tensor, classes: Tensor | None) -> dict[str, Explanation]:
+    def explain(self, photos: Tensor, classes: Tensor | None, *, check_values: bool = False) -> dict[str, Explanation]:
         """The explanation alone, of photos (batch, 3, h, w) uint8 on the device: by label."""
-        with without_looking():
-            return self.explainer.attribute(self.normalised(photos), self._asked(classes))
+        return self.explainer.attribute(self.normalised(photos), self._asked(classes), check_values=check_values)
 
     def normalised(self, photos: Tensor) -> Tensor:
         """The model's input: to the last bit what the model's own transform gives."""
@@ -230,8 +237,6 @@ class BatchExplainer:
     # -- the graph -----------------------------------------------------------------------------------------------------
 
     def _replay(self, photos: Tensor, classes: Tensor | None) -> dict[str, Tensor]:
-        if self._graph is None:
-            self._capture(photos, classes)
         static_photos, static_classes, outputs = self._static
         static_photos.copy_(photos)
         if static_classes is not None:
@@ -240,17 +245,24 @@ class BatchExplainer:
         return outputs
 
     def _capture(self, photos: Tensor, classes: Tensor | None) -> None:
-        """Capture the explanation of a batch of this shape, after one that compiles and chooses what it needs."""
+        """Capture the explanation of a batch of this shape; where the model or a method cannot be captured, do without."""
         static_photos, static_classes = photos.clone(), None if classes is None else classes.clone()
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self._outputs(static_photos, static_classes)
-        torch.cuda.current_stream(self.device).wait_stream(aside)
+        self._capturing.wait_stream(torch.cuda.current_stream(self.device))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = self._outputs(static_photos, static_classes)
+        try:
+            with torch.cuda.stream(self._capturing):
+                self._outputs(static_photos, static_classes)  # compiles and chooses what it needs
+                with _no_synchronisation():
+                    self._outputs(static_photos, static_classes)
+            torch.cuda.current_stream(self.device).wait_stream(self._capturing)
+            with torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local"):
+                outputs = self._outputs(static_photos, static_classes)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            warnings.warn(f"explanations are not replayed from a CUDA graph: {brief(error)}", stacklevel=2)
+            self.graphed = False
+            return
         self._graph, self._static = graph, (static_photos, static_classes, outputs)
 
     # -- its own speed -------------------------------------------------------------------------------------------------
@@ -278,19 +290,47 @@ class BatchExplainer:
 
 @contextmanager
 def deterministic(device: torch.device, *, enabled: bool) -> Iterator[None]:
-    """Have torch choose algorithms that give the same bits each time; a CPU does so by itself."""
+    """Have torch choose algorithms that give the same bits each time; a CPU does so by itself.
+
+    Raises:
+        InputError: something has no such algorithm.
+    """
     if not enabled or device.type != "cuda":
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     before, only_warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # only warned, attention would still take the faster algorithm
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(f"deterministic: {brief(error)}; expected deterministic=False (--no-deterministic) here") from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
         torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _no_synchronisation() -> Iterator[None]:
+    """Refuse, with a RuntimeError, what waits for the GPU: it could not be captured."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanting, on a GPU or on the host, where torch has no error of its own for it."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in text for said in _OUT_OF_MEMORY)
+    )
 
 
 def _by_captum(methods: Mapping[str, Method]) -> bool:

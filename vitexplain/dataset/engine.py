@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..loading import dtype_name
-from .compute import BatchExplainer, BatchResult, deterministic
+from .compute import BatchExplainer, BatchResult, Pending, deterministic
 from .loader import Decoded, Decoder, Outcome
 from .settings import Plan
 from .store import Row, ShardContent, StoreWriter
@@ -67,19 +67,15 @@ class Engine:
 
     def __init__(self, plan: Plan, batch: int, *, packed: bool = True) -> None:
         self.plan, self.batch = plan, batch
-        self.explainer = BatchExplainer(
-            plan.model,
-            plan.methods,
-            target=plan.target,
-            dtype=plan.dtype,
-            backend=plan.backend,
-            batch=batch,
-            graph=plan.graph,
-            packed=packed,
-        )
+        self.explainer = BatchExplainer(plan.model, plan.methods, batch=batch, graph=plan.graph, packed=packed, **plan.how)
         device = self.explainer.device
         self.decoder = Decoder(
-            plan.source, plan.preprocess, plan.model.input_size, batch, plan.workers, pinned=device.type == "cuda"
+            plan.source,
+            plan.preprocess,
+            plan.model.input_size,
+            batch,
+            plan.workers,
+            pinned_for=device if device.type == "cuda" else None,
         )
 
     def __enter__(self) -> Engine:
@@ -93,17 +89,17 @@ class Engine:
 
     def explained(self, batches: Iterable[range]) -> Iterator[Explained]:
         """The batches in order; while one is handed out, the next is on the device already."""
-        before: tuple[Decoded, Future | object] | None = None
-        with deterministic(self.explainer.device, enabled=self.plan.deterministic):
-            for decoded in self.decoder.batches(batches):
+        before: tuple[Decoded, Pending] | None = None
+        for decoded in self.decoder.batches(batches):
+            with deterministic(self.explainer.device, enabled=self.plan.deterministic):
                 pending = self.explainer.submit(decoded.photos, self._classes(decoded.rows), len(decoded.rows))
-                if before is not None:
-                    yield self._finish(*before)
-                before = decoded, pending
             if before is not None:
                 yield self._finish(*before)
+            before = decoded, pending
+        if before is not None:
+            yield self._finish(*before)
 
-    def _finish(self, decoded: Decoded, pending) -> Explained:
+    def _finish(self, decoded: Decoded, pending: Pending) -> Explained:
         pending.wait_for_input()
         decoded.release()
         result = pending.result()
@@ -113,8 +109,8 @@ class Engine:
     def _classes(self, rows: range) -> Tensor | None:
         if self.plan.target != "label":
             return None
-        classes = torch.zeros(self.batch, dtype=torch.int64)
-        classes[: len(rows)] = torch.tensor(self.plan.source.labels[rows.start : rows.stop])
+        classes = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
+        classes[: len(rows)] = torch.tensor(self.plan.source.labels[rows.start : rows.stop], device="cpu")
         return classes
 
     # -- shards ----------------------------------------------------------------------------------------------------------
@@ -135,9 +131,15 @@ class Engine:
         shards = list(shards)
         explained = self.explained(self._batches(writer, shards))
         waiting: deque[tuple[Future[None], int, Tally]] = deque()
+
+        def watched(count: int) -> None:
+            on_batch(count)
+            if waiting and waiting[0][0].done():
+                waiting[0][0].result()  # an error of writing is to be known now, not when the next shard is whole
+
         with ThreadPoolExecutor(1, "vitexplain-writer") as thread:
             for number in shards:
-                content = self._shard(writer, number, explained, on_batch)
+                content = self._shard(writer, number, explained, watched)
                 waiting.append((thread.submit(writer.write, number, content), number, Tally.of(content.rows)))
                 while len(waiting) > _UNWRITTEN_SHARDS or (waiting and waiting[0][0].done()):
                     yield _written(waiting.popleft())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -17,31 +17,22 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..loading import LoadedModel, dtype_named
+from ..messages import brief, differences
 from ..methods import MethodChoice, methods_from_texts
 from ..sources import Source, open_source
-from .auto_batch import Measured, best_batch
-from .compute import BatchExplainer
+from .auto_batch import Measured, best_batch, try_one_batch
+from .compute import BatchExplainer, deterministic, is_out_of_memory
 from .engine import Engine, Tally
 from .loader import start_early
 from .ranks import Ranks
-from .settings import Plan
-from .store import StoreWriter, checked_output, locked, read_settings
+from .settings import Plan, checked_count
+from .store import StoreWriter, checked_output, import_parquet, import_zarr, locked, read_settings
+from .work import Counter, Progress, Work, device_name
 
 ENGINES = ("local", "ray")
 SHARD = {"cpu": 256, "cuda": 1024}  # images that are lost at most when a run is killed
 SHARD_BYTES = 64 << 20  # of maps in memory until a shard is whole
 MEASURED_BATCHES = 16  # a run of fewer batches is not worth measuring what it could have been
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: images done of all, those of this run, its speed, and the share of time the device waited for data."""
-
-    done: int
-    total: int
-    images: int
-    images_per_second: float
-    waiting_share: float
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,13 @@ class Report:
 
     def as_log(self) -> dict[str, Any]:
         """For the store's log of runs."""
-        return {**asdict(self), "images": self.images, "output": self.output.name, "device": ", ".join(self.devices)}
+        return {
+            **asdict(self),
+            "ended": "whole",
+            "images": self.images,
+            "output": self.output.name,
+            "device": ", ".join(self.devices),
+        }
 
 
 @dataclass(frozen=True)
@@ -169,43 +166,49 @@ def run(
             run is writing, or a store with other settings stands there. InputError: the disk is full, or the source is gone;
             what is written stays, and the same call goes on from there.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, received {engine!r}")
-    if actors is not None and engine != "ray":
-        raise InputError(f"actors: expected them with engine 'ray' alone, received {actors} with {engine!r}")
-    if engine == "ray":
-        from . import on_ray
-
-        on_ray.check(actors)
     times, started = [time.perf_counter()], _now()
+    _check_call(engine, actors, progress, measuring)
+    output = checked_output(output)
+    sizes = _checked_batch(batch), None if shard is None else checked_count("shard", shard, 1, "image")
     plan = _plan(
         model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
         deterministic=deterministic, workers=workers,
     )  # fmt: skip
-    output = checked_output(output)
+    plan.layout(1)  # refuses labels that can name no folder
+    import_zarr()
+    import_parquet()
     ranks = Ranks()
-    if engine == "local" and plan.workers and not (batch == "auto" and plan.device.type == "cpu"):
+    if engine == "local" and plan.workers and not (sizes[0] is None and plan.device.type == "cpu"):
         start_early()  # a measurement on the CPU would suffer from it
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(locked(output)) and None)
-        chosen = ranks.first(lambda: _sizes(plan, output, batch, shard, overwrite, measuring))
+        ranks.first(lambda: try_one_batch(plan))
+        chosen = ranks.first(lambda: _sizes(plan, output, *sizes, overwrite, measuring))
         layout = plan.layout(chosen[1])
         settings = plan.settings(*chosen)
+        _check_alike(ranks.gather(settings))
         ranks.first(lambda: StoreWriter.prepare(output, settings, layout, overwrite=overwrite) and None)
         writer = StoreWriter(output, layout)
         missing = ranks.first(writer.missing)
         times.append(time.perf_counter())
-        counter = _Counter(len(plan.source), sum(len(layout.rows(number)) for number in missing), progress)
-        if engine == "ray":
-            work = on_ray.explain_shards(plan, chosen[0], writer, missing, actors, counter)
-        else:
-            work = _explain_shards(plan, chosen[0], writer, ranks.share(missing), counter)
-        done = Work.of(ranks.gather(work))
+        shards = ranks.share(missing)
+        images, own = (sum(len(layout.rows(number)) for number in numbers) for numbers in (missing, shards))
+        counter = Counter(len(plan.source), images, progress, own)
+        try:
+            if engine == "ray":
+                from . import on_ray
+
+                work = on_ray.explain_shards(plan, chosen[0], writer, missing, actors, counter)
+            else:
+                work = ranks.together(lambda: _explain_shards(plan, chosen[0], writer, shards, counter))
+        except BaseException as error:
+            if ranks.is_first:
+                _log_end(writer, started, counter, error)
+            raise
+        parts = ranks.gather(work)
         times.append(time.perf_counter())
-        bare = (
-            sum(ranks.gather(_bare_images_per_second(plan, chosen[0]))) if _is_worth_measuring(done, chosen[0], engine) else None
-        )
-        report = _report(output, plan, chosen, counter, done, engine, bare, times, started)
+        bare = ranks.gather(_bare_images_per_second(plan, chosen[0], work) if engine == "local" else None)
+        report = _report(output, plan, chosen, counter, parts, engine, bare, times, started)
         if ranks.is_first:
             writer.log(report.as_log())
     return report
@@ -237,8 +240,9 @@ def stream(
         model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
         deterministic=deterministic, workers=workers,
     )  # fmt: skip
-    size = best_batch(plan) if _checked_batch(batch) is None else int(batch)
-    return _stream(plan, size)
+    size = _checked_batch(batch)
+    try_one_batch(plan)
+    return _stream(plan, best_batch(plan) if size is None else size)
 
 
 def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
@@ -246,14 +250,15 @@ def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
         count = len(plan.source)
         for explained in engine.explained(range(start, min(start + batch, count)) for start in range(0, count, batch)):
             result, found = explained.result, engine.rows(explained)
+            place = {"device": engine.explainer.device, "non_blocking": True}
             yield ExplainedBatch(
                 ids=tuple(row.id for row in found),
                 rows=explained.rows,
                 maps=result.maps,
-                prediction=result.prediction,
-                score=result.score,
-                target=result.target,
-                target_score=result.target_score,
+                prediction=result.prediction.to(**place),
+                score=result.score.to(**place),
+                target=result.target.to(**place),
+                target_score=result.target_score.to(**place),
                 status=tuple(row.status for row in found),
                 reason=tuple(row.reason for row in found),
             )
@@ -265,6 +270,10 @@ def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
 def _plan(
     model: LoadedModel, source: Source | str | Path, methods: MethodChoice, *, workers: int | None, dtype: str, **settings: Any
 ) -> Plan:
+    if not isinstance(model, LoadedModel):
+        raise InputError(f"model: expected a LoadedModel, as load_model gives it, received {type(model).__name__}")
+    if not isinstance(source, Source | str | Path):
+        raise InputError(f"source: expected a Source or a path, received {type(source).__name__}")
     if not isinstance(source, Source):
         source = open_source(source, classes=model)
     device = next(model.model.parameters()).device
@@ -278,39 +287,61 @@ def _plan(
     )
 
 
+def _check_call(engine: str, actors: int | None, *callbacks: object) -> None:
+    if engine not in ENGINES:
+        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, received {engine!r}")
+    if actors is not None:
+        checked_count("actors", actors, 1, "actor")
+        if engine != "ray":
+            raise InputError(f"actors: expected them with engine 'ray' alone, received {actors} with {engine!r}")
+    for callback in callbacks:
+        if callback is not None and not callable(callback):
+            raise InputError(f"progress, measuring: expected functions, received {type(callback).__name__}")
+    if engine == "ray":
+        from . import on_ray
+
+        on_ray.check(actors)
+
+
+def _check_alike(settings: list[dict[str, Any]]) -> None:
+    """Refuse processes that would write different maps into one store."""
+    for rank, others in enumerate(settings):
+        different = differences(settings[0], others)
+        if different:
+            raise InputError(
+                f"torchrun: expected the same model, data and versions in every process, received others in process {rank} "
+                f"({'; '.join(different[:3])}, there being those of the first process)"
+            )
+
+
 def default_workers(device: torch.device) -> int:
     """Processes that decode: on a CPU they take cores from the explanations, on a GPU there should be enough to keep it busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cpu":
-        return max(1, cores // 4)
+        return max(1, cores // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(16, cores // max(1, torch.cuda.device_count()) - 1))
 
 
 def _checked_batch(batch: int | str) -> int | None:
-    """A number, or None for ``"auto"``."""
+    """A number, or None for ``"auto"``; the command line gives numbers as text."""
     if batch == "auto":
         return None
-    try:
-        number = int(batch)
-    except ValueError as error:
-        raise InputError(f"batch: expected a number or 'auto', received {batch!r}") from error
-    if number < 1:
-        raise InputError(f"batch: expected at least 1 image, received {number}")
-    return number
+    if isinstance(batch, str):
+        if not batch.strip().lstrip("-").isdigit():
+            raise InputError(f"batch: expected a number or 'auto', received {batch!r}")
+        batch = int(batch)
+    return checked_count("batch", batch, 1, "image")
 
 
 def _sizes(
     plan: Plan,
     output: Path,
-    batch: int | str,
+    number: int | None,
     shard: int | None,
     overwrite: bool,
     measuring: Callable[[Measured], None] | None,
 ) -> tuple[int, int]:
     """Images a batch and a shard: as asked for, as the store that stands has them, or as they suit."""
-    number = _checked_batch(batch)
-    if shard is not None and shard < 1:
-        raise InputError(f"shard: expected at least 1 image, received {shard}")
     standing = None if overwrite else read_settings(output)
     if number is None:
         number = standing["batch"] if standing else best_batch(plan, measuring or (lambda _measured: None))
@@ -325,75 +356,17 @@ def _sizes(
 # -- the work ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one process, or several, did: images, device seconds busy and idle, and how."""
-
-    tally: Tally = field(default_factory=Tally)
-    busy: float = 0.0
-    idle: float = 0.0
-    devices: tuple[str, ...] = ()
-    replaced_workers: int = 0
-    graphed: bool = False
-
-    @classmethod
-    def of(cls, parts: list[Work]) -> Work:
-        """Of several together."""
-        return cls(
-            tally=sum((part.tally for part in parts), Tally()),
-            busy=sum(part.busy for part in parts),
-            idle=sum(part.idle for part in parts),
-            devices=tuple(device for part in parts for device in part.devices),
-            replaced_workers=sum(part.replaced_workers for part in parts),
-            graphed=any(part.graphed for part in parts),
-        )
-
-
-class _Counter:
-    """Counts images while they are explained, and tells ``progress``."""
-
-    def __init__(self, total: int, missing: int, progress: Callable[[Progress], None] | None) -> None:
-        self.total, self.missing, self.found = total, missing, total - missing
-        self.images = 0
-        self.memory: dict[str, float | None] = {"10%": None, "90%": None}
-        self._progress, self._started = progress, time.perf_counter()
-
-    def add(self, count: int, waiting_share: float = 0.0) -> None:
-        """So many images more; of the time so far the device waited for data for this share."""
-        self.images += count
-        for name, share in (("10%", 0.1), ("90%", 0.9)):
-            if self.memory[name] is None and self.images >= share * self.missing:
-                self.memory[name] = resident_mib()
-        self.tell(waiting_share)
-
-    def tell(self, waiting_share: float = 0.0) -> None:
-        if self._progress is not None:
-            seconds = max(time.perf_counter() - self._started, 1e-9)
-            self._progress(Progress(self.found + self.images, self.total, self.images, self.images / seconds, waiting_share))
-
-
-def _explain_shards(plan: Plan, batch: int, writer: StoreWriter, shards: list[int], counter: _Counter) -> Work:
-    """Explain shards on the device the model is on."""
+def _explain_shards(plan: Plan, batch: int, writer: StoreWriter, shards: list[int], counter: Counter) -> Work:
+    """Explain and write shards on the device that the model is on."""
     counter.tell()
     if not shards:
         return Work()
-    return explain_on_this_device(plan, batch, writer, shards, counter.add)
-
-
-def explain_on_this_device(
-    plan: Plan, batch: int, writer: StoreWriter, shards: list[int], on_batch: Callable[[int, float], None]
-) -> Work:
-    """Explain and write shards on the device that the plan's model is on.
-
-    Args:
-        on_batch: called with a number of images more, and the share of time the device waited so far.
-    """
     tally = Tally()
     with Engine(plan, batch) as engine:
         explainer = engine.explainer
 
         def report(count: int) -> None:
-            on_batch(count, waiting_share(explainer.busy, explainer.idle))
+            counter.add(count, Work(busy=explainer.busy, idle=explainer.idle).waiting_share)
 
         for _, found in engine.write_shards(writer, shards, report):
             tally += found
@@ -403,33 +376,17 @@ def explain_on_this_device(
     )
 
 
-def _is_worth_measuring(work: Work, batch: int, engine: str) -> bool:
-    return engine == "local" and work.tally.images >= MEASURED_BATCHES * batch * max(1, len(work.devices))
-
-
-def _bare_images_per_second(plan: Plan, batch: int) -> float:
-    explainer = BatchExplainer(
-        plan.model, plan.methods, target=plan.target, dtype=plan.dtype, backend=plan.backend, batch=batch, graph=False
-    )
-    return explainer.bare_images_per_second()
-
-
-def waiting_share(busy: float, idle: float) -> float:
-    """Of the time, the part in which a device waited."""
-    return idle / (busy + idle) if busy + idle else 0.0
-
-
-def device_name(device: torch.device) -> str:
-    """``"cpu"``, or a GPU's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def resident_mib() -> float | None:
-    """Memory of this process, where the system tells it."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
+def _bare_images_per_second(plan: Plan, batch: int, work: Work) -> float | None:
+    """Of this process's device, where what it did is worth the comparison and there is memory for it."""
+    if not work.devices or work.tally.images < MEASURED_BATCHES * batch:
         return None
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    try:
+        with deterministic(plan.device, enabled=plan.deterministic):
+            return BatchExplainer(plan.model, plan.methods, batch=batch, graph=False, **plan.how).bare_images_per_second()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 # -- after it ------------------------------------------------------------------------------------------------------------
@@ -439,13 +396,16 @@ def _report(
     output: Path,
     plan: Plan,
     chosen: tuple[int, int],
-    counter: _Counter,
-    work: Work,
+    counter: Counter,
+    parts: list[Work],
     engine: str,
-    bare: float | None,
+    bare_of_each: list[float | None],
     times: list[float],
     started: str,
 ) -> Report:
+    work = Work.of(parts)
+    known = [rate for rate in bare_of_each if rate is not None]
+    bare = sum(known) if known and len(known) == len(work.devices) else None
     preparing, seconds = (after - before for before, after in pairwise(times))
     images_per_second = work.tally.images / seconds
     return Report(
@@ -456,7 +416,7 @@ def _report(
         seconds=seconds,
         preparing_seconds=preparing,
         images_per_second=images_per_second,
-        waiting_share=waiting_share(work.busy, work.idle) if work.busy else None,
+        waiting_share=work.waiting_share if work.busy else None,
         bare_images_per_second=bare,
         ratio_to_bare=None if bare is None else images_per_second / bare,
         batch=chosen[0],
@@ -472,8 +432,15 @@ def _report(
     )
 
 
+def _log_end(writer: StoreWriter, started: str, counter: Counter, error: BaseException) -> None:
+    """Keep a line about a run that did not come to its end; the error itself matters more than a line that fails."""
+    ended = brief(error) if isinstance(error, Exception) else "interrupted"
+    with suppress(Exception):
+        writer.log({"started": started, "finished": _now(), "ended": ended, "images": counter.images})
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-__all__ = ["ExplainedBatch", "Progress", "Report", "Work", "explain_on_this_device", "run", "stream"]
+__all__ = ["ExplainedBatch", "Progress", "Report", "run", "stream"]

@@ -11,12 +11,11 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -94,7 +93,7 @@ class Decoder:
         input_size: its height and width.
         batch: images a batch; the last one may have fewer, the rest is black.
         workers: processes; with 0 photos are read in this one, when they are asked for.
-        pinned: pin the memory for a GPU.
+        pinned_for: a GPU that photos are copied to: the memory is pinned for it.
 
     A worker that is killed is replaced, and what it had to do is done again. A photo that ends three processes when it is read by
     itself counts as unreadable.
@@ -111,26 +110,27 @@ class Decoder:
         batch: int,
         workers: int,
         *,
-        pinned: bool = False,
+        pinned_for: torch.device | None = None,
     ) -> None:
         self._source, self._preprocess, self._batch, self._workers = source, preprocess, batch, workers
         # Each task brings its part of the source, so that workers need not hold the names of millions of images.
         self._sent_whole = source if workers and source.part(range(1)) is None else None
         slots = _num_slots(batch, input_size, workers)
-        self._slots = torch.zeros((slots, batch, 3, *input_size), dtype=torch.uint8)
+        self._slots = torch.zeros((slots, batch, 3, *input_size), dtype=torch.uint8, device="cpu")
         if workers:
             self._slots.share_memory_()
-        self._pinned = pinned and _pin(self._slots)
+        self._pinned_for, self._pinned = pinned_for, False
         self._free = deque(range(slots))
         self._flights: deque[_Flight] = deque()
         self._pool: ProcessPoolExecutor | None = None
         self._started: Future[None] | None = None
         self._done_since_restart = 0
         self._failed_starts = 0
-        self.waited = 0.0  # seconds
         self.replaced = 0  # how often workers were replaced
 
     def __enter__(self) -> Decoder:
+        if self._pinned_for is not None:
+            self._pinned = _pin(self._slots, self._pinned_for)
         if self._workers:
             self._start_pool()
         return self
@@ -141,7 +141,8 @@ class Decoder:
             self._pool = None
         self._flights.clear()
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._slots.data_ptr())
+            _unpin(self._slots, self._pinned_for)
+            self._pinned = False
 
     def batches(self, wanted: Iterable[range]) -> Iterator[Decoded]:
         """The batches of these rows in order; as many as there is room for are read ahead.
@@ -159,10 +160,8 @@ class Decoder:
                     raise RuntimeError("batches: expected the release of one before the next is asked for; all places are taken")
                 return
             flight = self._flights[0]
-            started = time.perf_counter()
             for task in flight.tasks:
                 self._finish(task)
-            self.waited += time.perf_counter() - started
             self._flights.popleft()
             outcomes = tuple(outcome for task in flight.tasks for outcome in task.outcomes or ())
             photos = self._slots[flight.slot]
@@ -342,9 +341,10 @@ def _num_slots(batch: int, input_size: tuple[int, int], workers: int) -> int:
     if not workers:
         return LEAST_SLOTS
     wanted = LEAST_SLOTS + -(-2 * workers * min(IMAGES_A_TASK, batch) // batch)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that torchrun has started here, each with memory of its own
     room = MEMORY
     if _SHARED_MEMORY.is_dir():  # writing beyond it kills the process that writes
-        free = shutil.disk_usage(_SHARED_MEMORY).free
+        free = shutil.disk_usage(_SHARED_MEMORY).free // processes
         room = min(room, free // 2)
         if LEAST_SLOTS * size > free:
             raise InputError(
@@ -355,9 +355,22 @@ def _num_slots(batch: int, input_size: tuple[int, int], workers: int) -> int:
     return max(LEAST_SLOTS, min(wanted, room // size))
 
 
-def _pin(memory: Tensor) -> bool:
-    """Pin memory that stands already; copies from it need not wait then."""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+def _pin(memory: Tensor, device: torch.device) -> bool:
+    """Pin memory that stands already; copies from it need not wait then. Where that fails they do."""
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+            return True
+        with suppress(RuntimeError):  # the error is kept, and would be taken for that of the next kernel
+            torch.zeros(1, device=device)
+    return False
+
+
+def _unpin(memory: Tensor, device: torch.device) -> None:
+    """Undo ``_pin`` when nothing is being copied any more."""
+    with torch.cuda.device(device):
+        with suppress(RuntimeError):  # that of a run that failed is known already
+            torch.cuda.synchronize(device)
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 # -- in a worker ---------------------------------------------------------------------------------------------------------
@@ -392,17 +405,27 @@ def _decode(slot: int, offset: int, rows: range, part: Source | None) -> list[Ou
     if part is not None:
         source, rows = part, range(len(part))
     assert source is not None
-    return decode_rows(source, preprocess, slots[slot], offset, rows)
+    try:
+        return decode_rows(source, preprocess, slots[slot], offset, rows)
+    except MemoryError:  # as if the system had ended this process: the photos are tried again, at last each by itself
+        os._exit(1)
 
 
 def decode_rows(source: Source, preprocess: Preprocess, photos: Tensor, offset: int, rows: range) -> list[Outcome]:
-    """Fill ``photos`` from ``offset`` on; black where a photo cannot be read."""
+    """Fill ``photos`` from ``offset`` on; black where a photo cannot be read.
+
+    Raises:
+        InputError: the machine is in trouble, or the source is gone.
+        MemoryError: so it may be for want of memory, which says nothing of the photo.
+    """
     outcomes = []
     for position, row in enumerate(rows, offset):
         try:
             sample = source.sample(row, masks=False)
             photos[position] = preprocess.seen(sample.photo)
             outcomes.append(Outcome(note=sample.note))
+        except MemoryError:
+            raise
         except Exception as error:  # one odd photo must not stop a run
             failure = str(error)
             if not isinstance(error, InputError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,25 @@ from torch.utils.data import Dataset
 
 from ..errors import ExplanationError, InputError, unknown_name
 from .store import (
+    FILES,
     FORMAT,
     RUNS,
+    Layout,
     as_text,
-    damaged_part,
+    cannot_read,
+    file_size,
     import_parquet,
     import_zarr,
     index_path,
     index_schema,
+    is_of_the_system,
     parts,
-    read_part_files,
+    read_json,
+    read_part_summary,
     read_settings,
+    reading_part,
+    refused_part,
+    settings_stamp,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +44,10 @@ if TYPE_CHECKING:
 NO_LABEL = -1
 
 _AGAIN = "run the same command again, what is missing is then explained anew"
+_DELETE = f"delete it and {_AGAIN}"
+_ANEW = "take it from a copy of the store, or make the store anew with --overwrite"
 _NEAR_AMONG = 20_000  # ids; among more, looking for near ones takes seconds
+_PARTS_KEPT = 16  # of the index in memory, where images are read one by one
 
 
 def open_maps(output: str | Path) -> MapStore:
@@ -54,14 +65,18 @@ def open_maps(output: str | Path) -> MapStore:
 class MapStore:
     """Maps of a data set on disk, with their index. It can be pickled; what was read is not.
 
+    Which shards are done is looked up once: to see those that a run has written since, open the store again.
+
     Attributes:
-        path: of the store, ``NAME.zarr``.
+        path: of the store, ``NAME.zarr``, absolute.
         settings: everything the maps depend on.
         methods: labels of the methods.
     """
 
     def __init__(self, output: str | Path) -> None:
-        self.path = Path(output)
+        self.path = Path(output).absolute()
+        if self.path.is_symlink() and not self._index_folder.is_dir():
+            self.path = self.path.resolve()  # the index is beside what the link leads to
         settings = read_settings(self.path)
         if settings is None:
             raise InputError(
@@ -88,17 +103,12 @@ class MapStore:
 
     @cached_property
     def index(self) -> pyarrow.Table:
-        """A row an image whose shard is done, in the order of the source.
+        """A row an image whose shard is done, in the order of the source: all of it, as it is when this is first asked for.
 
         Raises:
-            InputError: a part of it is damaged.
+            InputError: a part of it is damaged, or does not belong here.
         """
-        import_parquet()
-        import pyarrow as pa
-
-        tables = [_read_part(part) for part in parts(self._index_folder).values()]
-        schema = index_schema(self.num_targets)
-        return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)]).combine_chunks()
+        return self._columns(index_schema(self.num_targets, large=True).names)
 
     @property
     def num_targets(self) -> int | None:
@@ -109,12 +119,12 @@ class MapStore:
     @property
     def is_complete(self) -> bool:
         """Whether every image of the source is in the index."""
-        return len(self.index) == len(self)
+        return all(number in self._parts for number in range(self._layout.num_shards))
 
     @property
     def ids(self) -> list[str]:
         """Of the images in the index."""
-        return list(self._positions)
+        return self.index["id"].to_pylist()
 
     def row(self, which: str | int) -> dict[str, Any]:
         """An image's row of the index, by column.
@@ -126,8 +136,7 @@ class MapStore:
             UnknownNameError: no such id.
             InputError: no such row, or its shard is not done.
         """
-        number = self._number(which)
-        return self.index.slice(int(self._places(np.array([number]))[0]), 1).to_pylist()[0]
+        return self._row(self._number(which))
 
     # -- maps --------------------------------------------------------------------------------------------------------
 
@@ -182,15 +191,13 @@ class MapStore:
     # -- the files ---------------------------------------------------------------------------------------------------
 
     def verify(self) -> list[str]:
-        """Look at every byte: what is absent, damaged, or not what was written, in words; nothing where all is whole."""
-        standing = parts(self._index_folder)
-        problems = [problem for label in self.methods for problem in self._verify_metadata(label)]
-        absent = [] if problems else [number for number in range(-(-len(self) // self._shard)) if number not in standing]
-        if absent:
-            problems.append(f"{len(absent)} shards are not done, the first of them number {absent[0]}: {_AGAIN}")
-        for part in standing.values():
-            problems += self._verify_part(part)
-        return problems
+        """Look at every byte of the shards that are done, and of what describes them: what is absent, damaged, or not what was
+        written, in words; nothing where all is whole. Shards that are not done yet are no problem: see ``is_complete``.
+        """
+        problems = list(self._verify_metadata())
+        if problems:  # what the parts must say cannot be told
+            return problems
+        return [problem for number, part in parts(self._index_folder).items() for problem in self._verify_part(number, part)]
 
     def runs(self) -> list[dict[str, Any]]:
         """What the runs that wrote this logged, the first one first."""
@@ -199,7 +206,9 @@ class MapStore:
             return []
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        except ValueError as error:
             raise InputError(f"store: {str(path)!r} is damaged: expected a JSON object a line; delete it") from error
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -220,22 +229,92 @@ class MapStore:
             try:
                 self._arrays[name] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
             except Exception as error:  # damaged metadata can raise anything
+                if is_of_the_system(error) and not isinstance(error, FileNotFoundError):
+                    raise cannot_read(self.path / name / "zarr.json", error) from error
                 raise InputError(f"store: {str(self.path / name / 'zarr.json')!r} is absent or damaged: {error}") from error
         return self._arrays[name]
 
-    @property
-    def _shard(self) -> int:
-        return self._array(self.methods[0], "scale").shards[0]
+    @cached_property
+    def _layout(self) -> Layout:
+        first = self._array(self.methods[0], "scale")
+        shapes = {label: self._array(label, "maps").shape[1:] for label in self.methods}
+        return Layout(first.shape[0], first.shards[0], shapes, self.num_targets)
+
+    @cached_property
+    def _stamp(self) -> str:
+        return settings_stamp(self.settings)
+
+    @cached_property
+    def _parts(self) -> dict[int, Path]:
+        return parts(self._index_folder)
+
+    @cached_property
+    def _read_parts(self) -> dict[int, pyarrow.Table]:
+        """The parts of the index that were read last, the latest at the end."""
+        return {}
+
+    def _part(self, number: int) -> pyarrow.Table:
+        """A shard's rows of the index."""
+        kept = self._read_parts
+        table = kept.pop(number) if number in kept else self._checked_part(number, self._parts[number])
+        kept[number] = table
+        if len(kept) > _PARTS_KEPT:
+            del kept[next(iter(kept))]
+        return table
+
+    def _checked_part(self, number: int, part: Path, columns: Sequence[str] | None = None) -> pyarrow.Table:
+        """A part of the index, or some columns of it, every page checked.
+
+        Raises:
+            InputError: it is damaged, of other settings, or its rows are not its own.
+        """
+        parquet = import_parquet()
+        problem = read_part_summary(part).problem(number, self._layout, self._stamp)
+        if problem is None:
+            schema = index_schema(self.num_targets, large=True)
+            wanted = schema.names if columns is None else list(columns)
+            with reading_part(part):
+                table = parquet.ParquetFile(part, page_checksum_verification=True).read([*{**dict.fromkeys(wanted), "row": None}])
+                if table["row"].to_pylist() == list(self._layout.rows(number)):
+                    return table.select(wanted).cast(_fields(schema, wanted))
+            problem = "holds rows that are not its own"
+        raise refused_part(part, problem)
+
+    def _columns(self, names: Sequence[str]) -> pyarrow.Table:
+        """Columns of the whole index."""
+        import pyarrow as pa
+
+        tables = [self._checked_part(number, part, names) for number, part in self._parts.items()]
+        schema = _fields(index_schema(self.num_targets, large=True), names)
+        return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+
+    def _row(self, number: int) -> dict[str, Any]:
+        """The index's row of a row of the source."""
+        shard, place = divmod(number, self._layout.shard)
+        self._check_done(np.array([number]))
+        return self._part(shard).slice(place, 1).to_pylist()[0]
+
+    def _rows_with_maps(self) -> np.ndarray:
+        """int64 (n,): rows of the source with status ok."""
+        import pyarrow.compute as pc
+
+        about = self._columns(["row", "status"])
+        return about.filter(pc.equal(about["status"], "ok"))["row"].to_numpy()
 
     @cached_property
     def _rows(self) -> np.ndarray:
         """Row in the source of each row of the index, rising."""
         return self.index["row"].to_numpy()
 
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        """Row in the source by id."""
-        return dict(zip(self.index["id"].to_pylist(), self._rows.tolist(), strict=True))
+    def _found(self, ids: Sequence[str]) -> dict[str, int]:
+        """Row in the source by id, of those ids that are in the index."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = list(dict.fromkeys(map(as_text, ids)))
+        places = pc.index_in(self.index["id"], value_set=pa.array(wanted, pa.large_string()))
+        rows = self._rows[places.is_valid().to_numpy()].tolist()
+        return {wanted[place]: row for place, row in zip(places.drop_null().to_pylist(), rows, strict=True)}
 
     def _label(self, method: str | None) -> str:
         if method is None and len(self.methods) == 1:
@@ -246,13 +325,13 @@ class MapStore:
             raise unknown_name("method", str(method), self.methods)
         return method
 
-    def _number(self, which: Any) -> int:
-        """Row in the source of an id or a row."""
+    def _number(self, which: Any, found: Mapping[str, int] | None = None) -> int:
+        """Row in the source of an id or a row; ``found`` are the rows of ids that have been looked up."""
         if isinstance(which, str):
-            found = self._positions.get(as_text(which))
-            if found is None:
+            number = (self._found([which]) if found is None else found).get(as_text(which))
+            if number is None:
                 raise self._unknown_id(which)
-            return found
+            return number
         try:
             number = None if isinstance(which, bool | np.bool_) else operator.index(which)
         except TypeError:
@@ -267,35 +346,47 @@ class MapStore:
         """int64 (n,): rows in the source of ids and rows."""
         which = np.asarray(which) if hasattr(which, "__array__") else which  # columns of tables, tensors
         try:
-            return np.array([self._number(one) for one in which], dtype=np.int64)
+            asked = list(which)
         except TypeError as error:
             received = type(which).__name__
             raise InputError(f"which: expected ids, rows or a slice of rows, received {received}") from error
+        ids = [one for one in asked if isinstance(one, str)]
+        found = self._found(ids) if ids else {}
+        return np.array([self._number(one, found) for one in asked], dtype=np.int64)
 
     def _unknown_id(self, which: str) -> ExplanationError:
-        if len(self._positions) <= _NEAR_AMONG:
-            return unknown_name("id", which, self._positions)
-        first = next(iter(self._positions))
-        return InputError(f"which: expected one of {len(self._positions)} ids such as {first!r}, received {which!r}")
+        if len(self.index) <= _NEAR_AMONG:
+            return unknown_name("id", which, self.ids)
+        first = self.index["id"][0].as_py()
+        return InputError(f"which: expected one of {len(self.index)} ids such as {first!r}, received {which!r}")
 
-    def _places(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows of the index of rows of the source."""
+    def _check_done(self, numbers: np.ndarray) -> None:
+        """Refuse rows of the source whose shard is not done, or has a part that is not its own."""
         done = self._is_done(numbers)
         if not done.all():
             raise InputError(f"which: the shard of row {numbers[~done][0]} is not done yet; {_AGAIN}")
-        return np.searchsorted(self._rows, numbers)
 
     def _is_done(self, numbers: np.ndarray) -> np.ndarray:
-        """bool (n,): whether rows of the source are in the index."""
-        if not len(self._rows):
-            return np.zeros(len(numbers), dtype=bool)
-        places = np.searchsorted(self._rows, numbers).clip(max=len(self._rows) - 1)
-        return self._rows[places] == numbers
+        """bool (n,): whether the shards of rows of the source are done."""
+        shards, place_of = np.unique(numbers // self._layout.shard, return_inverse=True)
+        return np.array([self._shard_is_done(shard) for shard in shards.tolist()], dtype=bool)[place_of]
+
+    def _shard_is_done(self, shard: int) -> bool:
+        if shard not in self._parts:
+            return False
+        if shard not in self._whole:
+            self._checked_part(shard, self._parts[shard], ["row"])
+            self._whole.add(shard)
+        return True
+
+    @cached_property
+    def _whole(self) -> set[int]:
+        """Shards whose part was found to be their own."""
+        return set()
 
     def _sliced(self, which: slice, label: str) -> np.ndarray:
-        rows = np.arange(len(self))
         try:
-            numbers = rows[which]
+            numbers = np.arange(*which.indices(len(self)))
         except (TypeError, ValueError) as error:
             raise InputError(f"which: expected a slice of rows, received {which}") from error
         done = self._is_done(numbers)
@@ -307,7 +398,7 @@ class MapStore:
         return values
 
     def _chosen(self, numbers: np.ndarray, label: str) -> np.ndarray:
-        self._places(numbers)
+        self._check_done(numbers)
         return self._read(numbers, label)
 
     def _read(self, numbers: np.ndarray, label: str) -> np.ndarray:
@@ -324,6 +415,8 @@ class MapStore:
         try:
             return np.asarray(array[numbers[0] : numbers[-1] + 1] if adjacent else array.oindex[numbers])
         except Exception as error:  # a damaged file can raise anything inside a codec
+            if is_of_the_system(error):
+                raise cannot_read(self.path / label / kind, error) from error
             raise InputError(
                 f"store: a file of {str(self.path / label / kind)!r} is damaged ({error or type(error).__name__}): "
                 "verify() names it; delete it and run the same command again"
@@ -332,39 +425,44 @@ class MapStore:
     def _check_files(self, numbers: np.ndarray, label: str) -> None:
         """Refuse shards without their files, which Zarr would fill with NaN."""
         for kind in ("maps", "scale"):
-            array = self._array(label, kind)
-            for shard in np.unique(numbers // self._shard).tolist():
-                path = self.path / label / kind / array.metadata.encode_chunk_key((shard, *[0] * (array.ndim - 1)))
-                if not path.exists():
+            for shard in np.unique(numbers // self._layout.shard).tolist():
+                path = self.path / self._layout.file(f"{label}/{kind}", shard)
+                if file_size(path) is None:
                     raise InputError(f"store: {str(path)!r} is absent: {_AGAIN}")
 
-    def _verify_metadata(self, label: str) -> Iterator[str]:
-        for kind in ("maps", "scale"):
-            try:
-                self._array(label, kind)
-            except InputError as error:
-                yield str(error).removeprefix("store: ")
+    def _verify_metadata(self) -> Iterator[str]:
+        """What is wrong with any ``zarr.json``; the root's settings are what each part of the index names."""
+        root = self.path / "zarr.json"
+        files = read_json(root).get("attributes", {}).get(FILES, {})
+        absent = {f"{label}/{kind}/zarr.json" for label in self.methods for kind in ("maps", "scale")} - set(files)
+        if absent:
+            yield f"{str(root)!r} is not what was written, as it does not name {min(absent)!r}: {_ANEW}"
+        for name, (size, digest) in files.items():
+            yield from self._verify_file(name, size, digest, absent=_ANEW, changed=_ANEW)
 
-    def _verify_part(self, part: Path) -> Iterator[str]:
+    def _verify_part(self, number: int, part: Path) -> Iterator[str]:
         try:
-            files = read_part_files(part)[1]
-            _read_part(part)
+            self._checked_part(number, part)
+            files = read_part_summary(part).files
         except InputError as error:
             yield str(error).removeprefix("store: ")
             return
         for name, (size, digest) in files.items():
-            path = self.path / name
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:
-                yield f"{str(path)!r} is absent: {_AGAIN}"
-            except OSError as error:
-                yield f"{str(path)!r} cannot be read: {error.strerror}"
-            else:
-                if len(content) != size:
-                    yield f"{str(path)!r} has {len(content)} bytes, expected {size}: {_AGAIN}"
-                elif hashlib.sha256(content).hexdigest() != digest:
-                    yield f"{str(path)!r} is not what was written: delete it and {_AGAIN}"
+            yield from self._verify_file(name, size, digest, absent=_AGAIN, changed=_DELETE)
+
+    def _verify_file(self, name: str, size: int, digest: str, *, absent: str, changed: str) -> Iterator[str]:
+        path = self.path / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            yield f"{str(path)!r} is absent: {absent}"
+        except (OSError, MemoryError) as error:
+            yield str(cannot_read(path, error)).removeprefix("store: ")
+        else:
+            if len(content) != size:
+                yield f"{str(path)!r} has {len(content)} bytes, expected {size}: {changed}"
+            elif hashlib.sha256(content).hexdigest() != digest:
+                yield f"{str(path)!r} is not what was written: {changed}"
 
 
 class TorchMaps(Dataset):
@@ -378,7 +476,7 @@ class TorchMaps(Dataset):
 
     def __init__(self, store: MapStore, methods: Sequence[str], by_label: bool) -> None:
         self.store, self.methods, self.by_label = store, tuple(methods), by_label
-        self._numbers = store._rows[store.index["status"].to_numpy() == "ok"]
+        self._numbers = store._rows_with_maps()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -390,7 +488,7 @@ class TorchMaps(Dataset):
         """Several items; a ``DataLoader`` asks for a batch at once, so that each chunk is read once for it."""
         numbers = self._numbers[list(items)]
         maps = {label: torch.from_numpy(self.store._chosen(numbers, label)) for label in self.methods}
-        rows = self.store.index.take(self.store._places(numbers)).to_pylist()
+        rows = [self.store._row(number) for number in numbers.tolist()]
         return [
             {
                 "id": row["id"],
@@ -416,14 +514,7 @@ def _as_class(value: int | list[int] | None) -> int | Tensor:
     return NO_LABEL if value is None else value
 
 
-def _read_part(part: Path) -> pyarrow.Table:
-    """A part of the index, every page checked.
+def _fields(schema: pyarrow.Schema, names: Sequence[str]) -> pyarrow.Schema:
+    import pyarrow as pa
 
-    Raises:
-        InputError: it is damaged.
-    """
-    parquet = import_parquet()
-    try:
-        return parquet.ParquetFile(part, page_checksum_verification=True).read()
-    except Exception as error:  # a damaged file can raise anything inside a parser
-        raise damaged_part(part) from error
+    return pa.schema([schema.field(name) for name in names])

@@ -7,27 +7,25 @@ import gc
 import logging
 import os
 import pickle
+import platform
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import ExplanationError, InputError
 from ..files import writing
-from ..messages import brief, quiet
+from ..messages import brief, differences, quiet, some
 from .engine import Engine, Tally
-from .entry import Work, device_name, waiting_share
 from .settings import Plan
-from .store import Layout, StoreWriter, part_path, remove_leftovers
-
-if TYPE_CHECKING:
-    from .entry import _Counter
+from .store import Layout, StoreWriter, part_path, read_settings, remove_leftovers
+from .work import Counter, Work, device_name
 
 SHARDS_A_TASK = {"cpu": 1, "cuda": 8}  # a GPU is through with a shard in a second, and between two tasks it waits for photos
 ATTEMPTS = 5  # at one task, before it is taken to be what ends the actors: Ray Data would go on for ever
@@ -58,7 +56,7 @@ def check(actors: int | None) -> None:
 
 
 def explain_shards(
-    plan: Plan, batch: int, writer: StoreWriter, missing: Sequence[int], actors: int | None, counter: _Counter
+    plan: Plan, batch: int, writer: StoreWriter, missing: Sequence[int], actors: int | None, counter: Counter
 ) -> Work:
     """Explain and write shards on the cluster that this process is connected to, or ``RAY_ADDRESS`` names, or one of its own.
 
@@ -180,6 +178,7 @@ class _Actor:
             torch.set_num_threads(self._threads)
         parcel: _Parcel = pickle.loads(ray.get(self._parcel))
         self._writer = StoreWriter(parcel.output, parcel.layout)
+        _check_versions(parcel)
         model = replace(parcel.plan.model, model=parcel.plan.model.model.to(parcel.device))
         self._before, self._attempts = Work(), parcel.attempts
         self._engine = Engine(replace(parcel.plan, model=model), parcel.batch).__enter__()
@@ -189,6 +188,16 @@ class _Actor:
         if self._engine is not None:
             self._engine.__exit__()
             self._engine = None
+
+
+def _check_versions(parcel: _Parcel) -> None:
+    """Refuse a node whose packages would make other maps."""
+    standing = read_settings(parcel.output) or {}
+    different = differences(standing.get("versions"), parcel.plan.versions())
+    if different:
+        raise InputError(
+            f"ray: expected the same packages on every node, received others on {platform.node()}: {some(different)}"
+        )
 
 
 def _begin_attempt(writer: StoreWriter, shards: tuple[int, ...], most: int) -> Path:
@@ -278,7 +287,7 @@ def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _
             yield outcome
 
 
-def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[int], counter: _Counter) -> Work:
+def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[int], counter: Counter) -> Work:
     """Add up what the actors did, and see that it stands where this process sees it, too."""
     total, unseen = Work(), set(missing)
     devices: dict[str, tuple[str, ...]] = {}
@@ -289,7 +298,7 @@ def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[i
             unseen -= set(done.shards)
             devices[done.actor] = done.work.devices
             total = Work.of([total, replace(done.work, devices=())])
-            counter.add(done.work.tally.images, waiting_share(total.busy, total.idle))
+            counter.add(done.work.tally.images, total.waiting_share)
     if unseen:
         raise InputError(f"ray: {len(unseen)} shards were lost on the way; run the same command again")
     return replace(total, devices=tuple(device for found in devices.values() for device in found))

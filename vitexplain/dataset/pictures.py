@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..heatmap import blend, max_magnitude, min_max
-from ..loading import Display, resized
-from ..sources import open_source
+from ..loading import Display, load_photo, resized
+from ..sources import Source, open_source
 from ..visualize import fitted, in_cell, panel, sheet
 from .maps import MapStore
 from .store import as_text
@@ -34,20 +37,21 @@ _ORDERLY = 36
 Find = Callable[[Mapping[str, Any]], Image.Image | None]
 
 
+class NoPhotos(InputError):
+    """The data that a store was made of are not there, or are not the same ones."""
+
+
 class Photos:
-    """The photos that a store was made of, as the model saw them.
+    """The photos that a store was made of, as the model saw them. Data are opened where a photo has no file of its own to read.
 
     Args:
-        settings: the store's.
+        store: of their maps.
         path: where the data are now; None where they were.
-
-    Raises:
-        InputError: there are no such data.
     """
 
-    def __init__(self, settings: Mapping[str, Any], path: str | Path | None = None) -> None:
-        data, model = settings["data"], settings["model"]
-        self._source = open_source(data["path"] if path is None else path, split=data["split"], images=data["images"])
+    def __init__(self, store: MapStore, path: str | Path | None = None) -> None:
+        self._store, self._path = store, path
+        model = store.settings["model"]
         known = {name: value for name, value in model["preprocessing"].items() if value is not None}
         self._display = Display(resized(known, model["resize"]))
 
@@ -55,14 +59,66 @@ class Photos:
         """The photo of a row of the index.
 
         Raises:
-            InputError: another image stands in its place, or it cannot be read.
+            NoPhotos: the data are not there, or are other ones.
+            InputError: the data do not have this photo, or it cannot be read.
         """
+        if self._path is None and row["path"] is not None and os.path.isfile(row["path"]):
+            return self._display(load_photo(row["path"]))
+        return self._display(self._source.sample(self._place(row), masks=False).photo)
+
+    @cached_property
+    def doubt(self) -> str | None:
+        """Why the photos may be other ones than the maps were made of; None where nothing says so, or each has a file.
+
+        Raises:
+            NoPhotos: the data are not there, or are other ones.
+        """
+        source, expected = self._source, self._store.settings["data"]["sha256"]
+        if source.path(0) is not None:
+            return None
+        if (self._as_stored or source).fingerprint() == expected:
+            return None
+        if self._as_stored is None:
+            return f"{source.name!r} cannot be compared with what the maps were made of, as not all of it is explained yet"
+        if source.kind == "npz":  # a difference of its bytes, or of which images of it were explained
+            raise NoPhotos(f"photo: {source.name!r} is not what the maps were made of: its content has changed")
+        return f"{source.name!r} may not be what the maps were made of: its files have changed"
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _source(self) -> Source:
+        data = self._store.settings["data"]
+        try:
+            return open_source(data["path"] if self._path is None else self._path, split=data["split"], images=data["images"])
+        except InputError as error:
+            raise NoPhotos(str(error)) from error
+
+    @property
+    def _as_stored(self) -> Source | None:
+        """The source with the images and labels of the store, which may be a part of it and numbered by the model's classes.
+
+        None where they are not known yet.
+        """
+        index = self._store.index
+        if not self._store.is_complete:
+            return None
+        labels = None if index["label"].null_count else tuple(index["label"].to_pylist())
+        return replace(self._source, ids=tuple(self._store.ids), labels=labels)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Of the source's images, by id as the index has it."""
+        return {as_text(identity): place for place, identity in enumerate(self._source.ids)}
+
+    def _place(self, row: Mapping[str, Any]) -> int:
+        """Where the source has the image: a part of it may have been explained, or files may have come and gone."""
         place, ids = row["row"], self._source.ids
-        standing = as_text(ids[place]) if place < len(ids) else None
-        if standing != row["id"]:
-            received = f"only {len(ids)} images" if standing is None else repr(standing)
-            raise InputError(f"photo: expected {row['id']!r} as image {place} of {self._source.name!r}, received {received}")
-        return self._display(self._source.sample(place, masks=False).photo)
+        if place < len(ids) and as_text(ids[place]) == row["id"]:
+            return place
+        if row["id"] not in self._places:
+            raise InputError(f"photo: expected {row['id']!r} in {self._source.name!r}, received none of that name")
+        return self._places[row["id"]]
 
 
 def overlay(
@@ -123,7 +179,7 @@ def class_means(store: MapStore, method: str | None = None) -> Figure:
     pictures = [
         (
             fitted(short_name(store.settings, int(found[place])), end=f" ({counts[place]:,})"),
-            _laid_over(ground, mean, 1.0, signed),
+            blend(ground, mean, alpha=1.0, signed=signed),
         )
         for place, mean in zip(largest, means, strict=True)
     ]
@@ -150,7 +206,7 @@ def contact_sheet(
     label = _label(store, method)
     done = drawable(store)
     places = np.linspace(0, len(done) - 1, min(count, len(done))).round().astype(int)
-    rows = done.take(places).to_pylist()
+    rows = [done.slice(place, 1).to_pylist()[0] for place in places.tolist()]
     maps = [_first(store, store.maps([row["row"]], label, as_torch=True))[0] for row in rows]
     signed = any(bool((heat < 0).any()) for heat in maps)
     pictures = []
@@ -158,7 +214,9 @@ def contact_sheet(
         photo = find(row)
         ground, share = (_blank(store.settings), 1.0) if photo is None else (photo, alpha)
         about = fitted(short_name(store.settings, row["prediction"]), end=f" ({_percent(row['score'], 0)})")
-        pictures.append((f"{fitted(row['id'], keep_tail=True)}\n{about}", _laid_over(in_cell(ground), heat, share, signed)))
+        pictures.append(
+            (f"{fitted(row['id'], keep_tail=True)}\n{about}", blend(in_cell(ground), heat, alpha=share, signed=signed))
+        )
     columns = {} if len(rows) <= _ORDERLY else {"columns": _WIDE_SHEET}
     title = f"{label} on {len(rows):,} of {len(done):,} images"
     return sheet(pictures, title=title, caption=_about_store(store), kinds=[signed], **columns)
@@ -170,10 +228,12 @@ def drawable(store: MapStore) -> pyarrow.Table:
     Raises:
         InputError: there are none.
     """
-    places = [place for place, status in enumerate(store.index["status"].to_pylist()) if status == "ok"]
-    if not places:
+    import pyarrow.compute as pc
+
+    found = store.index.filter(pc.equal(store.index["status"], "ok"))
+    if not len(found):
         raise InputError(f"store: expected images with maps in {str(store.path)!r}, received none")
-    return store.index.take(places)
+    return found
 
 
 def short_name(settings: Mapping[str, Any], index: int) -> str:
@@ -217,10 +277,6 @@ def _slices(store: MapStore, label: str, rows: list[int]) -> Iterator[Tensor]:
 def _first(store: MapStore, maps: Tensor) -> Tensor:
     """(n, gh, gw) of the first target."""
     return maps if store.num_targets is None else maps[:, 0]
-
-
-def _laid_over(ground: Image.Image, heat: Tensor, alpha: float, signed: bool) -> Image.Image:
-    return blend(ground, heat, alpha=alpha, signed=signed)
 
 
 def _blank(settings: Mapping[str, Any]) -> Image.Image:

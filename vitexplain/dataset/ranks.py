@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import ExplanationError
+from ..errors import ExplanationError, InputError
+from ..messages import brief
 
 T = TypeVar("T")
 
+_START = timedelta(minutes=10)
 _LONG = timedelta(days=7)  # ranks wait for the slowest one
 
 
@@ -27,7 +28,7 @@ class Ranks:
         self._group: Any = None
         if self.size > 1:
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_LONG)
+                dist.init_process_group("gloo", timeout=_START)
             self._group = dist.new_group(backend="gloo", timeout=_LONG)
 
     @property
@@ -40,16 +41,33 @@ class Ranks:
         if self.size == 1:
             return work()
         said: list[Any] = [None]
+        failure: Exception | None = None
         if self.is_first:
             try:
                 said = [(work(), None)]
-                pickle.dumps(said)
-            except ExplanationError as error:
-                said = [(None, error)]
+            except Exception as error:
+                failure = error
+                said = [(None, _to_send(error))]
         dist.broadcast_object_list(said, src=0, group=self._group)
         result, error = said[0]
         if error is not None:
-            raise error
+            raise failure or error
+        return result
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Have every process do something, and end all of them where one fails."""
+        if self.size == 1:
+            return work()
+        try:
+            result, failure = work(), None
+        except Exception as error:
+            result, failure = None, error
+        failures = self.gather(None if failure is None else _to_send(failure))
+        if failure is not None:
+            raise failure
+        others = next((error for error in failures if error is not None), None)
+        if others is not None:
+            raise others
         return result
 
     def gather(self, value: T) -> list[T]:
@@ -65,9 +83,14 @@ class Ranks:
         return items[self.rank :: self.size]
 
 
+def _to_send(error: Exception) -> ExplanationError:
+    """What other processes are told of an error."""
+    return error if isinstance(error, ExplanationError) else InputError(f"another process ended: {brief(error)}")
+
+
 def local_device(device: str) -> str:
-    """``"auto"`` as the GPU of this process's place on its machine, where ``torchrun`` gave it one."""
+    """``"auto"`` and ``"cuda"`` as the GPU of this process's place on its machine, where ``torchrun`` gave it one."""
     place = os.environ.get("LOCAL_RANK")
-    if device == "auto" and place is not None and torch.cuda.is_available():
+    if device in ("auto", "cuda") and place is not None and torch.cuda.is_available():
         return f"cuda:{int(place) % torch.cuda.device_count()}"
     return device

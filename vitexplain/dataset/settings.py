@@ -57,8 +57,14 @@ class Plan:
     def __post_init__(self) -> None:
         if self.resize not in RESIZE:
             raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {self.resize!r}")
-        if self.workers < 0:
-            raise InputError(f"workers: expected 0 or more processes, received {self.workers}")
+        checked_count("workers", self.workers, 0, "process")
+        for name in ("graph", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected True or False, received {getattr(self, name)!r}")
+        if self.device.type not in ("cpu", "cuda"):
+            raise InputError(f"model: expected one on a CPU or a CUDA device, received one on {self.device}")
+        if torch.is_autocast_enabled(self.device.type):
+            raise InputError("dtype: expected no autocast around a whole data set; the model runs in the dtype that is asked for")
         explainer = Explainer(self.model.model, self.methods, self.backend)
         explainer.check_backend(self.device)
         anatomy = explainer.anatomy
@@ -69,6 +75,8 @@ class Plan:
 
     def _check_target(self) -> None:
         count = self.model.num_classes
+        if not isinstance(self.target, str):
+            raise InputError(f"target: expected pred, label or topK, such as top3, received {self.target!r}")
         if self.target.startswith("top"):
             num_top(self.target, count)
         elif self.target not in ("pred", "label"):
@@ -83,6 +91,11 @@ class Plan:
     def device(self) -> torch.device:
         """That the model is on."""
         return next(self.model.model.parameters()).device
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Options of ``BatchExplainer`` that decide what is explained."""
+        return {"target": self.target, "dtype": self.dtype, "backend": self.backend}
 
     @property
     def num_targets(self) -> int | None:
@@ -132,12 +145,26 @@ class Plan:
             "backend": self.backend,
             "device": self.device.type,
             "deterministic": self.deterministic,
+            "float32_products": str(torch.backends.cuda.matmul.fp32_precision) if self.device.type == "cuda" else "ieee",
             "batch": batch,
             "shard": shard,
-            "versions": versions(self._packages()),
+            "versions": self.versions(),
         }
 
-    def _packages(self) -> tuple[str, ...]:
+    def versions(self) -> dict[str, str]:
+        """Of all packages that the maps depend on, as they are in this process."""
         captum = any(isinstance(method, CaptumMethod) for method in self.methods.values())
         used = {"captum": captum, "transformers": "transformers" in type(self.model.model).__module__}
-        return (*PACKAGES, *(name for name, is_used in used.items() if is_used))
+        return versions((*PACKAGES, *(name for name, is_used in used.items() if is_used)))
+
+
+def checked_count(name: str, value: Any, least: int, unit: str) -> int:
+    """A whole number.
+
+    Raises:
+        InputError: it is none, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        several = f"{unit}es" if unit.endswith("s") else f"{unit}s"
+        raise InputError(f"{name}: expected {least} or more {several}, received {value!r}")
+    return value

@@ -6,6 +6,7 @@ place, and a store as a whole too, so that a run can be killed anywhere and the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -23,20 +24,27 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..files import differences, partial_path, remove_partials, some, sync_folder, write_whole, writing
+from ..files import folder_size, partial_path, remove_partials, sync_folder, write_whole, writing
+from ..messages import differences, in_bytes, some
 
 ATTRIBUTE = "vitexplain"  # of the root group, and of the metadata of the index's parts
+FILES = "vitexplain_files"  # attribute of the root group: size and SHA-256 of the other zarr.json
 FORMAT = 1  # of what stands on disk, in the settings
 SUFFIX = ".zarr"
 RUNS = "_runs.jsonl"
 
 _LOCK = "_lock"
-_PART = re.compile(r"part-(\d{6,})\.parquet")
+_PART = re.compile(r"part-([0-9]{6,})\.parquet")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_LABEL_BYTES = 200  # of a folder's name; most file systems take 255
 _INNER_BYTES = 128 * 1024
 _COMPRESSED = 0.8  # of the size of noise; maps are smaller
 _HELD: set[tuple[int, str]] = set()  # process and folder of the locks that are held
 _GUARD = threading.Lock()
+
+
+class NotWhole(InputError):
+    """A file of a store is absent, or not what was written."""
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -63,8 +71,15 @@ class Layout:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, received {getattr(self, name)}")
         for label in self.maps:
-            if not label or label.startswith((".", "__")) or set(label) & set("/\\"):
+            if not _can_name_a_folder(label):
                 raise InputError(f"method: expected labels that can name a folder, received {label!r}; give another one")
+        folded: dict[str, str] = {}
+        for label in self.maps:
+            other = folded.setdefault(label.casefold(), label)
+            if other != label:
+                raise InputError(
+                    f"method: expected labels that differ in more than upper and lower case, received {other!r} and {label!r}"
+                )
 
     @property
     def num_shards(self) -> int:
@@ -84,10 +99,21 @@ class Layout:
             found |= {f"{label}/maps": ("float16", tuple(shape)), f"{label}/scale": ("float32", factors)}
         return found
 
+    def file(self, name: str, number: int) -> str:
+        """Path in the store of the file that an array has for a shard."""
+        return f"{name}/c.{number}" + ".0" * len(self.arrays[name][1])
+
     @property
     def image_bytes(self) -> int:
         """Of one image's entries in all arrays, before compression."""
         return sum(_entry_bytes(*entry) for entry in self.arrays.values())
+
+
+def _can_name_a_folder(label: str) -> bool:
+    """Also on other systems, and beside the folder's own ``zarr.json``."""
+    is_plain = label.isprintable() and not set(label) & set("/\\")
+    is_free = bool(label) and not label.startswith((".", "__")) and label.casefold() != "zarr.json"
+    return is_plain and is_free and len(label.encode("utf-8", "surrogatepass")) <= _LABEL_BYTES
 
 
 @dataclass(frozen=True)
@@ -153,13 +179,15 @@ class StoreWriter:
     def __init__(self, output: Path, layout: Layout) -> None:
         self.output, self.layout = checked_output(output), layout
         self.index = index_path(self.output)
-        if read_settings(self.output) is None or not self.index.is_dir():
+        settings = read_settings(self.output)
+        if settings is None or not self.index.is_dir():
             raise InputError(
                 f"output: expected the store {str(self.output)!r} and its index to stand; where several machines write, "
                 "they need a folder that all of them share"
             )
-        for name, entry in layout.arrays.items():
-            self._check_array(name, entry)
+        self._stamp = settings_stamp(settings)
+        for name in layout.arrays:
+            self._check_array(name)
 
     @classmethod
     def prepare(cls, output: Path, settings: Mapping[str, Any], layout: Layout, *, overwrite: bool = False) -> StoreWriter:
@@ -187,16 +215,20 @@ class StoreWriter:
             remove_leftovers(output, layout)
             index.mkdir(parents=True, exist_ok=True)
             if standing is not None and not overwrite:
-                num_images = min((layout.num_shards - len(parts(index))) * layout.shard, layout.num_images)
-                _check_space(output, num_images * layout.image_bytes)
+                done = sum(len(layout.rows(number)) for number in parts(index))
+                _check_space(output, (layout.num_images - done) * layout.image_bytes)
             else:
-                _check_space(output, layout.num_images * layout.image_bytes, already=_size(output))
+                _check_space(output, layout.num_images * layout.image_bytes, already=folder_size(output))
                 _remove(output)
                 _create(output, settings, layout)
         return cls(output, layout)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards to be written: without a part, with a damaged one, or without the files that it names."""
+        """Numbers of the shards to be written: without a part, with one that is not theirs, or without the files it names.
+
+        Raises:
+            InputError: whether a file stands cannot be told, as of a disk that does not answer.
+        """
         standing = parts(self.index)
         return [number for number in range(self.layout.num_shards) if not self._is_done(number, standing.get(number))]
 
@@ -204,20 +236,23 @@ class StoreWriter:
         """Write a shard's files, and its part of the index when they stand.
 
         Raises:
-            InputError: a file cannot be written (named, with what the system says), or the content does not fit the layout.
+            InputError: a file cannot be written (named, with what the system says), the content does not fit the layout, or the
+                store has been removed or made anew with other settings.
         """
         self._check_content(number, content)
         part = part_path(self.index, number)
+        self._check_own()
         with writing(part):
             if part.exists():  # damaged, or without its files: until it is written anew, the shard is not done
                 part.unlink()
                 sync_folder(self.index)
-        files: dict[str, list[int | str]] = {}
+        files: dict[str, tuple[int, str]] = {}
         for name, values in content.arrays.items():
             key, data = self._encoded(name, number, values)
             write_whole(self.output / key, data)
-            files[key] = [len(data), hashlib.sha256(data).hexdigest()]
-        write_whole(part, _encoded_part(content.rows, files, self.layout.num_targets))
+            files[key] = _digest(data)
+        self._check_own()
+        write_whole(part, _encoded_part(content.rows, self._stamp, files, self.layout.num_targets))
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Keep a line about this run in ``NAME.parquet/_runs.jsonl``."""
@@ -228,40 +263,43 @@ class StoreWriter:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _check_array(self, name: str, entry: tuple[str, tuple[int, ...]]) -> None:
+    def _check_own(self) -> None:
+        """Refuse a store that is not the one that was opened."""
+        standing = read_settings(self.output)
+        if standing is None:
+            root = self.output / "zarr.json"
+            raise InputError(f"output: {str(root)!r} is gone: {os.strerror(errno.ENOENT)}; it was there when this run began")
+        if settings_stamp(standing) != self._stamp:
+            raise InputError(f"output: {str(self.output)!r} is another run's by now, with other settings")
+
+    def _check_array(self, name: str) -> None:
         path = self.output / name / "zarr.json"
         standing = read_json(path)
         content: dict[str, Any] = {}
-        _create_array(content, self.layout, *entry)
+        _create_array(content, self.layout, name)
         different = differences(standing, json.loads(content["zarr.json"].to_bytes()))
         if different:
             raise InputError(
-                f"output: {str(path)!r} describes another array ({some(different)}); use another output, or --overwrite"
+                f"output: {str(path)!r} describes another array ({some(different, separator='; ')}); use another output, "
+                "or --overwrite"
             )
 
     def _is_done(self, number: int, part: Path | None) -> bool:
         if part is None:
             return False
         try:
-            count, files = read_part_files(part)
-        except InputError:
+            found = read_part_summary(part)
+        except NotWhole:
             return False
-        expected = {self._key(name, number) for name in self.layout.arrays}
-        return (
-            count == len(self.layout.rows(number))
-            and set(files) == expected
-            and all(_file_size(self.output / key) == size for key, (size, _) in files.items())
+        return found.problem(number, self.layout, self._stamp) is None and all(
+            file_size(self.output / name) == size for name, (size, _) in found.files.items()
         )
-
-    def _key(self, name: str, number: int) -> str:
-        """Path in the store of a shard's file."""
-        return f"{name}/c.{number}" + ".0" * len(self.layout.arrays[name][1])
 
     def _encoded(self, name: str, number: int, values: np.ndarray) -> tuple[str, bytes]:
         """A shard's file: path in the store and bytes, as zarr itself makes them."""
         content: dict[str, Any] = {}
         rows = self.layout.rows(number)
-        array = _create_array(content, self.layout, *self.layout.arrays[name])
+        array = _create_array(content, self.layout, name)
         array[rows.start : rows.stop] = values
         del content["zarr.json"]
         ((key, data),) = content.items()
@@ -351,7 +389,8 @@ def parts(index: Path) -> dict[int, Path]:
     if not index.is_dir():
         return {}
     found = ((_PART.fullmatch(path.name), path) for path in index.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    numbered = ((int(match[1]), path) for match, path in found if match)
+    return dict(sorted((number, path) for number, path in numbered if path.name == part_path(index, number).name))
 
 
 def read_settings(output: Path) -> dict[str, Any] | None:
@@ -365,17 +404,23 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     try:
         received = None if root.is_file() else _what_stands(output) or ""
     except OSError as error:
-        raise InputError(f"store: cannot read {str(output)!r}: {error.strerror}") from error
+        raise cannot_read(output, error) from error
     if received is not None:
         if not received:
             return None
         raise InputError(f"store: expected maps of a data set in {str(output)!r}, received {received}")
     document = read_json(root)
-    settings = document.get("attributes", {}).get(ATTRIBUTE)
+    attributes = document.get("attributes")
+    settings = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(settings, dict):
         kind = document.get("node_type", "file")
         raise InputError(f"store: expected maps of a data set in {str(output)!r}, received a Zarr {kind} of something else")
     return settings
+
+
+def settings_stamp(settings: Mapping[str, Any]) -> str:
+    """A SHA-256 by which two settings (JSON) are known to be the same."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -387,7 +432,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"store: cannot read {str(path)!r}: {error.strerror}") from error
+        raise cannot_read(path, error) from error
     except ValueError as error:
         raise InputError(f"store: {str(path)!r} is damaged: expected JSON; use another folder, or delete the store") from error
     if not isinstance(document, dict):
@@ -395,39 +440,121 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_part_files(part: Path) -> tuple[int, dict[str, tuple[int, str]]]:
-    """Rows of a part of the index, and size and SHA-256 of the files it names, by their path in the store.
+@dataclass(frozen=True)
+class PartSummary:
+    """What a part of the index says of itself.
+
+    Attributes:
+        rows: how many it has, the first of them and the last, by their index in the source.
+        settings: stamp of those that its maps were made with.
+        files: of its shard: size and SHA-256 by path in the store.
+    """
+
+    rows: tuple[int, int | None, int | None]
+    settings: str
+    files: Mapping[str, tuple[int, str]]
+
+    def problem(self, number: int, layout: Layout, stamp: str) -> str | None:
+        """Why this is not the part of a shard in a store with settings of that stamp, in words; None where it is."""
+        rows = layout.rows(number)
+        if not rows:
+            return f"belongs to no shard, as there are {layout.num_shards}"
+        if self.settings != stamp:
+            return "is of a run with other settings"
+        if self.rows != (len(rows), rows[0], rows[-1]):
+            return f"holds other rows than {rows[0]} to {rows[-1]}"
+        if set(self.files) != {layout.file(name, number) for name in layout.arrays}:
+            return "names other files than those of its shard"
+        return None
+
+
+def read_part_summary(part: Path) -> PartSummary:
+    """What a part of the index says of itself, without its rows.
 
     Raises:
-        InputError: it is damaged, or not a part of this library.
+        NotWhole: it is absent, damaged, or not a part of this library.
+        InputError: the system cannot read it.
     """
     parquet = import_parquet()
-    try:
+    with reading_part(part):
         footer = parquet.read_metadata(part)
-        files = json.loads(footer.metadata[ATTRIBUTE.encode()])["files"]
-        return footer.num_rows, {path: (size, digest) for path, (size, digest) in files.items()}
+        about = json.loads(footer.metadata[ATTRIBUTE.encode()])
+        column = footer.schema.names.index("row")
+        spans = [footer.row_group(group).column(column).statistics for group in range(footer.num_row_groups)]
+        first, last = min((span.min for span in spans), default=None), max((span.max for span in spans), default=None)
+        return PartSummary(
+            rows=(footer.num_rows, first, last),
+            settings=str(about["settings"]),
+            files={path: (int(size), str(digest)) for path, (size, digest) in about["files"].items()},
+        )
+
+
+@contextmanager
+def reading_part(part: Path) -> Iterator[None]:
+    """What goes wrong while a part of the index is read, as an error that names it.
+
+    Raises:
+        NotWhole: it is absent or damaged.
+        InputError: the system cannot read it.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotWhole(f"store: {str(part)!r} is absent") from error
     except Exception as error:  # a damaged file can raise anything inside a parser
-        raise damaged_part(part) from error
+        if is_of_the_system(error):
+            raise cannot_read(part, error) from error
+        raise refused_part(part, "is damaged") from error
 
 
-def damaged_part(part: Path) -> InputError:
+def refused_part(part: Path, problem: str) -> NotWhole:
     """An error that names a part of the index and says what to do."""
-    return InputError(
-        f"store: {str(part)!r} is damaged: delete it and run the same command again, its images are then explained anew"
+    return NotWhole(
+        f"store: {str(part)!r} {problem}: delete it and run the same command again, what is missing is then explained anew"
     )
 
 
-def index_schema(num_targets: int | None) -> Any:
-    """The index's columns, a ``pyarrow.Schema``; lists where there is an axis of targets."""
+def is_of_the_system(error: BaseException) -> bool:
+    """Whether a file could not be read, which says nothing of what is in it. Parsers' own errors have no number."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+
+
+def cannot_read(path: Path, error: BaseException) -> InputError:
+    """An error that names a file and what the system says."""
+    reason = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or error
+    return InputError(f"store: cannot read {str(path)!r}: {reason}")
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none.
+
+    Raises:
+        InputError: the system does not tell.
+    """
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def index_schema(num_targets: int | None, *, large: bool = False) -> Any:
+    """The index's columns, a ``pyarrow.Schema``; lists where there is an axis of targets.
+
+    Args:
+        num_targets: K, or None.
+        large: text of the kind that holds more than 2 GiB in a column.
+    """
     import_parquet()
     import pyarrow as pa
 
-    classes, scores = pa.int32(), pa.float32()
+    classes, scores, text = pa.int32(), pa.float32(), pa.large_string() if large else pa.string()
     if num_targets is not None:
         classes, scores = pa.list_(classes), pa.list_(scores)
     types = {
-        "id": pa.string(),
-        "path": pa.string(),
+        "id": text,
+        "path": text,
         "label": pa.int32(),
         "prediction": pa.int32(),
         "score": pa.float32(),
@@ -435,7 +562,7 @@ def index_schema(num_targets: int | None) -> Any:
         "target_score": scores,
         "row": pa.int64(),
         "status": pa.string(),
-        "reason": pa.string(),
+        "reason": text,
     }
     return pa.schema([(field.name, types[field.name]) for field in fields(Row)])
 
@@ -511,8 +638,8 @@ def _check_index(index: Path) -> None:
 
 def _is_part(path: Path) -> bool:
     try:
-        read_part_files(path)
-    except InputError:
+        read_part_summary(path)
+    except NotWhole:
         return False
     return True
 
@@ -528,7 +655,7 @@ def _check_settings(output: Path, standing: Mapping[str, Any] | None, settings: 
     different = differences(standing, settings)
     if different:
         raise InputError(
-            f"output: {str(output)!r} holds maps with other settings ({some(different)}); "
+            f"output: {str(output)!r} holds maps with other settings ({some(different, separator='; ')}); "
             "expected the same ones to go on with it, another output, or --overwrite"
         )
 
@@ -540,13 +667,8 @@ def _check_space(output: Path, size: int, already: int = 0) -> None:
     needed = math.ceil(size * _COMPRESSED)
     if disk.total and needed > disk.free + already:
         raise InputError(
-            f"output: expected about {_in_words(needed)} free in {str(folder)!r} for the maps, received {_in_words(disk.free)}"
+            f"output: expected about {in_bytes(needed)} free in {str(folder)!r} for the maps, received {in_bytes(disk.free)}"
         )
-
-
-def _in_words(size: float) -> str:
-    power = min(int(math.log(max(size, 1), 1000)), 4)
-    return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _what_stands(output: Path) -> str | None:
@@ -561,17 +683,6 @@ def _what_stands(output: Path) -> str | None:
     return f"a folder that holds {names[0]!r}" if names else None
 
 
-def _file_size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _size(folder: Path) -> int:
-    return sum(_file_size(path) or 0 for path in folder.rglob("*") if path.is_file())
-
-
 # -- making and removing -----------------------------------------------------------------------------------------------
 
 
@@ -580,7 +691,7 @@ def _create(output: Path, settings: Mapping[str, Any], layout: Layout) -> None:
     partial = partial_path(output)
     try:
         for key, data in _metadata(settings, layout):
-            write_whole(partial / key, data)
+            write_whole(partial / key, data, make_folder=True)
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -592,20 +703,25 @@ def _metadata(settings: Mapping[str, Any], layout: Layout) -> Iterable[tuple[str
     """Every ``zarr.json`` of a new store, those of inner folders first."""
     zarr = import_zarr()
     content: dict[str, Any] = {}
-    root = zarr.create_group(zarr.storage.MemoryStore(content), attributes={ATTRIBUTE: settings}, zarr_format=3)
+    root = zarr.create_group(zarr.storage.MemoryStore(content), zarr_format=3)
     for label in layout.maps:
         root.create_group(label, attributes=settings["methods"][label])
-    for name, entry in layout.arrays.items():
+    for name in layout.arrays:
         array: dict[str, Any] = {}
-        _create_array(array, layout, *entry)
+        _create_array(array, layout, name)
         content[f"{name}/zarr.json"] = array["zarr.json"]
-    for key in sorted(content, key=lambda key: -key.count("/")):
-        yield key, content[key].to_bytes()
+    inner = {key: value.to_bytes() for key, value in content.items() if "/" in key}
+    root.update_attributes({ATTRIBUTE: settings, FILES: {key: _digest(inner[key]) for key in sorted(inner)}})
+    yield from sorted(inner.items(), key=lambda item: -item[0].count("/"))
+    yield "zarr.json", content["zarr.json"].to_bytes()
 
 
-def _create_array(content: dict[str, Any], layout: Layout, dtype: str, entry: tuple[int, ...]) -> Any:
+def _create_array(content: dict[str, Any], layout: Layout, name: str) -> Any:
     """A Zarr array of the store's final shape whose files are in ``content``."""
     zarr = import_zarr()
+    dtype, entry = layout.arrays[name]
+    targets = () if layout.num_targets is None else ("target",)
+    are_maps = name.endswith("/maps")
     return zarr.create_array(
         zarr.storage.MemoryStore(content),
         shape=(layout.num_images, *entry),
@@ -615,9 +731,16 @@ def _create_array(content: dict[str, Any], layout: Layout, dtype: str, entry: tu
         compressors=zarr.codecs.ZstdCodec(level=3, checksum=True),
         fill_value=math.nan,
         chunk_key_encoding={"name": "default", "separator": "."},  # all shards of an array in one folder
+        dimension_names=("image", *targets, *(("row", "column") if are_maps else ())),
+        attributes={"multiply_by": "scale"} if are_maps else {"multiplies": "maps"},
         zarr_format=3,
         config={"write_empty_chunks": True},  # a shard without any map is written too: its part names it
     )
+
+
+def _digest(data: bytes) -> tuple[int, str]:
+    """Size and SHA-256."""
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def _inner(shard: int, entry_bytes: int) -> int:
@@ -632,11 +755,11 @@ def _entry_bytes(dtype: str, entry: tuple[int, ...]) -> int:
     return math.prod(entry) * np.dtype(dtype).itemsize
 
 
-def _encoded_part(rows: Sequence[Row], files: Mapping[str, Any], num_targets: int | None) -> bytes:
+def _encoded_part(rows: Sequence[Row], stamp: str, files: Mapping[str, Any], num_targets: int | None) -> bytes:
     parquet = import_parquet()
     import pyarrow as pa
 
-    schema = index_schema(num_targets).with_metadata({ATTRIBUTE: json.dumps({"files": files})})
+    schema = index_schema(num_targets).with_metadata({ATTRIBUTE: json.dumps({"settings": stamp, "files": files})})
     columns = [pa.array([as_text(getattr(row, field.name)) for row in rows], field.type) for field in schema]
     stream = BytesIO()
     parquet.write_table(pa.Table.from_arrays(columns, schema=schema), stream, compression="zstd", write_page_checksum=True)

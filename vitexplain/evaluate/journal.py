@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..files import differences, remove_partials, some, write_whole
+from ..files import remove_partials, write_whole
+from ..messages import differences, some
 
 FOLDER = "per_image"
 _SETTINGS = "settings.json"
@@ -37,8 +38,7 @@ class Journal:
                 _remove_all(output)
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_partials(output)
-            for leftover in self.folder.glob("*.partial"):
-                leftover.unlink()
+            remove_partials(self.folder)
         except OSError as error:
             raise InputError(f"output: cannot use the folder {str(output)!r}: {error.strerror}") from error
         self._claim(dict(settings))
@@ -61,8 +61,8 @@ class Journal:
         different = differences(standing, settings)
         if different:
             raise InputError(
-                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings ({some(different)}); "
-                "expected the same ones to go on with it, another folder, or --overwrite"
+                f"output: {str(self.folder.parent)!r} holds an evaluation with other settings "
+                f"({some(different, separator='; ')}); expected the same ones to go on with it, another folder, or --overwrite"
             )
 
     def has(self, number: int) -> bool:
@@ -71,17 +71,9 @@ class Journal:
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
         """Keep a chunk: arrays, and what else there is to say of it."""
-        path = self._path(number)
-        partial = path.with_suffix(".partial")
-        try:
-            with partial.open("wb") as stream:
-                np.savez(stream, __notes__=np.array(json.dumps(notes)), **arrays)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+        content = BytesIO()
+        np.savez(content, __notes__=np.array(json.dumps(notes)), **arrays)
+        write_whole(self._path(number), content.getvalue())
 
     def read(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """A chunk's arrays and notes.

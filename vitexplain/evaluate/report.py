@@ -122,7 +122,8 @@ def write_report(results: Results, photos: Sequence[GalleryPhoto], path: str | P
         InputError: the file cannot be written, or jinja2 is not installed.
     """
     path = Path(path)
-    write_whole(path, render(results, photos).encode("utf-8", "backslashreplace"))  # names of files need not be text
+    content = render(results, photos).encode("utf-8", "backslashreplace")  # names of files need not be text
+    write_whole(path, content, make_folder=True)
     return path
 
 

@@ -84,7 +84,7 @@ class Source:
     ids: tuple[str, ...] = field(repr=False)
     labels: tuple[int, ...] | None = field(repr=False)
     _reader: Reader = field(repr=False)
-    _positions: tuple[int, ...] = field(repr=False)
+    _positions: Sequence[int] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -152,7 +152,7 @@ class Source:
             return None
         chosen = slice(rows.start, rows.stop, rows.step)
         labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, ids=self.ids[chosen], labels=labels, _reader=reader, _positions=tuple(range(len(rows))))
+        return replace(self, ids=self.ids[chosen], labels=labels, _reader=reader, _positions=range(len(rows)))
 
     def fingerprint(self) -> str:
         """A sha256 in hexadecimal that tells whether the data are still the same ones.

@@ -23,10 +23,12 @@ def open_folder(path: Path, split: str | None) -> Content:
     """
     if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file()):
         return open_saved(path, split)
-    files = sorted(visible_files(path), key=lambda file: file.split("/"))
+    files = sorted(visible_files(path), key=lambda file: file.replace("/", "\0"))  # folder by folder
     images = [file for file in files if suffix(file) in IMAGE_SUFFIXES]
     tables = [file for file in files if suffix(file) == ".parquet"]
     shards = [file for file in files if suffix(file) == ".tar"]
+    if {_stem(table) for table in tables} <= {_stem(shard) for shard in shards}:  # what img2dataset says of each shard
+        tables = []
     kinds = [found[0] for found in (images, tables, shards) if found]
     if len(kinds) > 1:
         raise InputError(
@@ -52,7 +54,7 @@ def open_folder(path: Path, split: str | None) -> Content:
 
 def _open_images(path: Path, images: list[str]) -> Content:
     loose = [file for file in images if "/" not in file]
-    reader = Files(tuple(path / file for file in images), None, listed=True)
+    reader = Files(str(path), tuple(images), None, listed=True)
     ids = made_unique(images)
     if len(loose) == len(images):
         return Content("folder", ids, None, None, reader)
@@ -69,5 +71,14 @@ def _open_images(path: Path, images: list[str]) -> Content:
             f"as {str(path / labels[0])!r}"
         )
     # A class folder with nothing in it still counts where folders are numbered in their order.
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(path) if _is_class(entry, path))
     return Content("imagefolder", ids, labels, names, reader)
+
+
+def _is_class(entry: os.DirEntry[str], path: Path) -> bool:
+    """Whether an entry of a folder is a folder of a class: not hidden, and no link back to where it lies."""
+    return entry.is_dir() and not entry.name.startswith(".") and not os.path.samefile(entry, path)
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(file)[0]

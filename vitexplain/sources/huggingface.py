@@ -19,7 +19,7 @@ from ..loading import Photo, decode_photo
 from ..messages import brief, quiet, some
 from .base import Content, not_installed
 from .columns import as_labels, whole_column
-from .files import stamp
+from .files import plain_path, stamp
 from .ids import numbered
 from .labels import is_integer
 from .masks import decode_mask
@@ -54,6 +54,8 @@ class _Rows:
     def read(self, position: int, name: str, masks: bool) -> tuple[Photo, np.ndarray | None]:
         try:
             row = self.rows[position]
+        except MemoryError:  # the machine's trouble, not the file's
+            raise
         except Exception as error:  # of Arrow, for files that are damaged or gone
             raise InputError(f"photo: cannot read {name}: {brief(error)}") from error
         photo = decode_photo(_encoded(row[self.photo], "photo", name), name)
@@ -110,7 +112,7 @@ def open_hub(path: Path, tables: list[str], split: str | None) -> Content:
     files = tuple(path / table for table in splits[split])
     with _loading(path) as library:
         # By explicit files, so that neither a script nor a README that names other places is looked at.
-        names = [escape(os.path.abspath(file)) for file in files]
+        names = [escape(plain_path(file)) for file in files]
         rows = library.load_dataset("parquet", data_files={"train": names}, split="train")
     return _of_rows(rows, path, split, files)
 
@@ -118,7 +120,7 @@ def open_hub(path: Path, tables: list[str], split: str | None) -> Content:
 def _split_of(table: str, path: Path) -> str:
     """``data/train-00000-of-00001.parquet``, ``train.parquet`` and ``train/0000.parquet`` all belong to ``train``."""
     stem = _SHARD.sub("", os.path.basename(table).rpartition(".")[0])
-    return stem if not is_integer(stem) else os.path.basename(os.path.dirname(os.path.abspath(path / table)))
+    return stem if not is_integer(stem) else os.path.basename(os.path.dirname(plain_path(path / table)))
 
 
 @contextmanager

@@ -13,11 +13,15 @@ from ..messages import some
 def made_unique(ids: Iterable[str]) -> tuple[str, ...]:
     """Ids of which a second gets `` #2`` behind it, a third `` #3``."""
     unique: dict[str, None] = {}
+    last: dict[str, int] = {}  # the number of a text's latest repeat, so that the next one need not count from 2 again
     for text in map(printable, ids):
-        candidate, number = text, 1
-        while candidate in unique:
-            number += 1
-            candidate = f"{text} #{number}"
+        candidate = text
+        if text in unique:
+            number = last.get(text, 1)
+            while candidate in unique:
+                number += 1
+                candidate = f"{text} #{number}"
+            last[text] = number
         unique[candidate] = None
     return tuple(unique)
 
@@ -37,6 +41,8 @@ def given_ids(values: Iterable[Any], name: str) -> tuple[str, ...]:
 
 def printable(text: str) -> str:
     """A path as text for any file; bytes in a file's name that are not UTF-8 are written as ``\\xff``."""
+    if text.isascii():  # not a copy of it: an id and a path are then one object
+        return text
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..loading import decode_image
+from ..loading import decode_image, upright
 
 
 def decode_mask(file: Path | BinaryIO, name: str) -> np.ndarray:
@@ -17,7 +17,7 @@ def decode_mask(file: Path | BinaryIO, name: str) -> np.ndarray:
     Raises:
         InputError: it cannot be read as an image.
     """
-    return decode_image(file, "mask", name, lambda image: foreground(ImageOps.exif_transpose(image)))
+    return decode_image(file, "mask", name, lambda image: foreground(upright(image)))
 
 
 def foreground(image: Image.Image) -> np.ndarray:
@@ -30,7 +30,9 @@ def foreground(image: Image.Image) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
         image = image.convert("RGB")  # the colours of a palette, not their numbers
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values)
     if values.ndim == 3:
         values = values.max(-1)
     full = next(limit for limit in (1.0, 255.0, np.inf) if values.max() <= limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..errors import InputError
 from ..loading import LoadedModel, check_file
 from ..messages import some
 from .base import Content, Source, parse_slice
+from .files import plain_path
 from .folders import open_folder
 from .ids import printable
 from .labels import class_indices
@@ -19,7 +21,7 @@ from .webdataset import is_pattern, open_pattern, open_tar, refuse_compressed
 
 EXPECTED = (
     "a folder of images, a .csv, .parquet or .npz file, WebDataset's .tar shards (one, a folder of them, or a pattern such as "
-    "shard-{000..009}.tar), or the folder of a Hugging Face dataset"
+    "shard-{000..009}.tar or 'shard-*.tar'), or the folder of a Hugging Face dataset"
 )
 
 
@@ -37,9 +39,10 @@ def open_source(
             - the folder of a Hugging Face dataset: as ``save_to_disk`` writes it, or with parquet files as on the hub;
             - an .npz file with ``jpeg`` and ``offsets``, or ``images`` (n, h, w, 3) uint8, and if wanted ``labels``, ``mask_png``
               and ``mask_offsets``, ``ids``, ``class_names``; of several splits, all but the last with the split and ``_`` before;
-            - WebDataset's shards: a .tar file, a folder of them, or a pattern such as ``data/shard-{000000..000009}.tar``. A
-              sample is the files with one key, the path up to the first dot of its last part: an image, and if wanted its label
-              in ``cls``, or in ``json`` as ``label`` or ``cls``, and a mask in ``mask.png``, ``mask`` or ``seg.png``.
+            - WebDataset's shards: a .tar file, a folder of them, or a pattern such as ``data/shard-{000000..000009}.tar`` or
+              ``data/*.tar``. A sample is the files with one key, the path up to the first dot of its last part: an image, and if
+              wanted its label in ``cls``, or in ``json`` as ``label`` or ``cls``, and a mask in ``mask.png``, ``mask`` or
+              ``seg.png``.
         split: which part of the data, where they have several.
         images: which images, as a slice: ``"0:64"``, ``"::2"``.
         classes: the model whose class indices labels become: names and WordNet ids are looked up among its classes. Without one,
@@ -52,15 +55,16 @@ def open_source(
         InputError: the data cannot be read, do not have what was asked for, or have labels that the model does not have.
     """
     chosen = None if images is None else parse_slice(images)
+    _refuse_address(str(path))
     path = Path(path).absolute()  # another process may have another current directory
     content = _open(path, split)
-    location = printable(os.path.abspath(path))
+    location = printable(plain_path(path))
     name = Path(location).name
     if not content.ids:
         raise InputError(f"data: expected images in {str(path)!r}, received none")
     source = Source(
         name, content.kind, location, content.split, None, content.ids, class_indices(content, classes, name),
-        content.reader, tuple(range(len(content.ids))),
+        content.reader, range(len(content.ids)),
     )  # fmt: skip
     if chosen is not None:
         source = replace(source.select(chosen), images="".join(images.split()))
@@ -68,6 +72,14 @@ def open_source(
     if missing:
         raise InputError(f"data: files named in {name!r} do not exist: {some(map(repr, missing))}")
     return source
+
+
+def _refuse_address(text: str) -> None:
+    """Raise ``InputError`` for an address such as ``s3://bucket/x``, also as ``Path`` writes it, ``s3:/bucket/x``."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text)
+    if scheme is not None and not os.path.lexists(text):
+        address = f"{scheme[1]}://{text[scheme.end() :]}"
+        raise InputError(f"data: expected a path of a file system, received the address {address!r}; copy or mount it first")
 
 
 def _open(path: Path, split: str | None) -> Content:

@@ -68,24 +68,26 @@ def _check_columns(columns: Sequence[str], path: Path) -> None:
 
 def _of_table(kind: str, path: Path, table: Mapping[str, Sequence[Any]]) -> Content:
     whole = {column: whole_column(values, column, path.name) for column, values in table.items()}
-    photos = _paths_in(whole["path"] or (), "path", path)
+    photos = _texts(whole["path"] or (), "path", path)
     masks = whole.get("mask")
     ids, labels = whole.get("id"), as_labels(whole.get("label"), path.name)
     return Content(
         kind=kind,
-        ids=made_unique(_relative(photo, path.parent) for photo in photos) if ids is None else given_ids(ids, path.name),
+        ids=made_unique(_relative(photo, str(path.parent)) for photo in photos) if ids is None else given_ids(ids, path.name),
         labels=labels,
         names=None,
-        reader=Files(photos, None if masks is None else _paths_in(masks, "mask", path)),
+        reader=Files(str(path.parent), photos, None if masks is None else _texts(masks, "mask", path)),
     )
 
 
-def _paths_in(values: Sequence[Any], column: str, table: Path) -> tuple[Path, ...]:
+def _texts(values: Sequence[Any], column: str, table: Path) -> tuple[str, ...]:
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"data: expected text in the column {column} of {table.name!r}, received {value!r}")
-    return tuple(table.parent / value for value in values)
+    return tuple(values)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return Path(os.path.relpath(path, folder)).as_posix()
+def _relative(photo: str, folder: str) -> str:
+    """A path as an id: from the table's folder, with ``/`` on every system."""
+    relative = os.path.relpath(os.path.join(folder, photo), folder).replace(os.sep, "/")
+    return photo if relative == photo else relative  # one object instead of two that are equal

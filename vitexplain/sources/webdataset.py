@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import itertools
 import json
@@ -9,7 +10,9 @@ import math
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,7 +32,7 @@ from .splits import SPLIT_NAMES, refuse_split
 
 MAX_SHARDS = 1_000_000
 
-_IMAGES = (*(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES), "pgm")
+_IMAGES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _MASKS = ("mask.png", "mask", "seg.png")
 _KEY = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)  # as WebDataset divides a path into key and extension
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -38,10 +41,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class _Member(NamedTuple):
-    """A file in a shard: the shard's place among all, and where its bytes are."""
+    """A file in a shard, and where its bytes are."""
 
     name: str
-    shard: int
     offset: int
     size: int
 
@@ -51,15 +53,21 @@ _Files = Mapping[str, _Member]  # of one sample, by extension
 
 @dataclass(frozen=True, eq=False)
 class _Members:
-    """One file a sample, as columns: ``shard``, places in ``shards``, ``offset`` and ``size`` are (n,) of integers."""
+    """One file a sample, as columns: ``shard``, places in ``shards``, ``offset`` and ``size`` are (n,) of integers.
+
+    ``faults`` says by place why a sample has no such file.
+    """
 
     shards: tuple[Path, ...]
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     names: tuple[str, ...]
+    faults: Mapping[int, str]
 
-    def path_of(self, position: int) -> str:
+    def path_of(self, position: int) -> str | None:
+        if position in self.faults:
+            return None
         return f"{printable(str(self.shards[self.shard[position]]))}::{self.names[position]}"
 
     def part(self, positions: Sequence[int]) -> _Members:
@@ -67,9 +75,12 @@ class _Members:
         rows = list(positions)
         used, shard = np.unique(self.shard[rows], return_inverse=True)
         shards, names = tuple(self.shards[place] for place in used), tuple(self.names[row] for row in rows)
-        return _Members(shards, shard, self.offset[rows], self.size[rows], names)
+        faults = {place: self.faults[row] for place, row in enumerate(rows) if row in self.faults}
+        return _Members(shards, shard, self.offset[rows], self.size[rows], names, faults)
 
     def stream(self, position: int) -> BinaryIO:
+        if position in self.faults:
+            raise InputError(self.faults[position])
         path = self.shards[self.shard[position]]
         try:
             with open(path, "rb") as file:
@@ -77,6 +88,36 @@ class _Members:
         except OSError as error:
             raise InputError(f"data: cannot read the shard {str(path)!r}: {brief(error)}") from error
         return io.BytesIO(content)
+
+
+class _Columns:
+    """``_Members`` that are being found, sample by sample."""
+
+    def __init__(self) -> None:
+        self._shard, self._offset, self._size = array("i"), array("q"), array("q")
+        self._names: list[str] = []
+        self._faults: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def faults(self) -> Mapping[int, str]:
+        return self._faults
+
+    def add(self, place: int, member: _Member | str) -> None:
+        """A sample's file in the shard at a place, or why it has none."""
+        if isinstance(member, str):
+            self._faults[len(self)] = member
+            member = _Member("", 0, 0)
+        self._shard.append(place)
+        self._offset.append(member.offset)
+        self._size.append(member.size)
+        self._names.append(member.name)
+
+    def members(self, shards: Sequence[Path]) -> _Members:
+        shard, offset, size = np.array(self._shard, np.int32), np.array(self._offset, np.int64), np.array(self._size, np.int64)
+        return _Members(tuple(shards), shard, offset, size, tuple(self._names), self._faults)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +137,7 @@ class _Shards:
             return photo, None
         return photo, decode_mask(self.masks.stream(position), repr(self.masks.path_of(position)))
 
-    def path_of(self, position: int) -> str:
+    def path_of(self, position: int) -> str | None:
         return self.photos.path_of(position)
 
     def missing(self, positions: Iterable[int]) -> list[str]:  # noqa: ARG002
@@ -115,8 +156,8 @@ class _Shards:
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a path is of tar files and has braces, which stand for several paths."""
-    return path.name.lower().endswith((".tar", *_COMPRESSED)) and _BRACES.search(str(path)) is not None
+    """Whether a path is of tar files and has braces, or ``*``, ``?`` or ``[``, which stand for several paths."""
+    return path.name.lower().endswith((".tar", *_COMPRESSED)) and bool(_BRACES.search(str(path)) or glob.has_magic(str(path)))
 
 
 def open_tar(path: Path, split: str | None) -> Content:
@@ -126,14 +167,14 @@ def open_tar(path: Path, split: str | None) -> Content:
 
 
 def open_pattern(path: Path, split: str | None) -> Content:
-    """The samples of the shards that a pattern such as ``shard-{000000..000009}.tar`` names.
+    """The samples of the shards that a pattern such as ``shard-{000000..000009}.tar`` or ``shard-*.tar`` names.
 
     Raises:
         InputError: some of them are not there.
     """
     refuse_split(split, path)
     refuse_compressed(path.name)
-    shards = [Path(text) for text in _expand(str(path))]
+    shards = [Path(shard) for text in _expand(str(path)) for shard in _matching(text)]
     missing = [shard.name for shard in shards if not os.path.isfile(shard)]
     if missing:
         raise InputError(
@@ -164,6 +205,16 @@ def _expand(pattern: str) -> Iterator[str]:
     return map("".join, itertools.product(*choices))
 
 
+def _matching(text: str) -> Sequence[str]:
+    """The files that ``*``, ``?`` and ``[…]`` in a path stand for, sorted; the path itself where it has none or is a file."""
+    if not glob.has_magic(text) or os.path.isfile(text):
+        return [text]
+    found = sorted(glob.glob(text, recursive=True))
+    if not found:
+        raise InputError(f"data: expected a pattern of files that are there, received {text!r}, which none matches")
+    return found
+
+
 def _choices(text: str, pattern: str) -> Sequence[str]:
     """What one pair of braces stands for."""
     bounds = re.fullmatch(r"([0-9]{1,12})\.\.([0-9]{1,12})", text)
@@ -185,27 +236,39 @@ def _choices(text: str, pattern: str) -> Sequence[str]:
 def open_shards(shards: Sequence[Path], name: str) -> Content:
     """The samples of several shards, in their order; ``name`` stands for all in messages.
 
+    A sample without an image is one that cannot be read, unless all are.
+
     Raises:
-        InputError: a shard cannot be read, a sample has no image, or some samples have a label or a mask and others none.
+        InputError: a shard cannot be read, no sample has an image, or some samples have a label or a mask and others none.
     """
     _refuse_several_splits(shards, name)
     keys: list[str] = []
     labels: list[Any] = []
-    photos: list[_Member] = []
-    masks: list[_Member | None] = []
+    photos, masks, unmasked = _Columns(), _Columns(), array("q")
     for place, path in enumerate(shards):
-        samples = _samples(path, place)
-        keys.extend(samples)
-        labels.extend(_read_labels(path, samples))
-        photos.extend(_photo(files, key, path) for key, files in samples.items())
-        masks.extend(next((files[extension] for extension in _MASKS if extension in files), None) for files in samples.values())
-    has_masks = _all_or_none(masks, "mask", keys, name)
+        listing = _listed(path)
+        with _opened(path) as file:
+            for key, files in listing.samples(path):
+                keys.append(key)
+                labels.append(_label(file, files, path))
+                photos.add(place, _photo(files, key, path))
+                mask = next((files[extension] for extension in _MASKS if extension in files), None)
+                if mask is None:
+                    unmasked.append(len(masks) + len(unmasked))
+                else:
+                    masks.add(place, mask)
+    if photos.faults and len(photos.faults) == len(keys):
+        raise InputError(photos.faults[0])
+    found = photos.members(shards)
+    unlabelled = array("q", (row for row, label in enumerate(labels) if label is None))
+    has_labels = _all_or_none(unlabelled, "label", keys, found, name)
+    has_masks = _all_or_none(unmasked, "mask", keys, found, name)
     return Content(
         kind="webdataset",
         ids=made_unique(keys),
-        labels=as_labels(labels, name) if _all_or_none(labels, "label", keys, name) else None,
+        labels=as_labels(labels, name) if has_labels else None,
         names=None,
-        reader=_Shards(_columns(shards, photos), _columns(shards, masks) if has_masks else None),
+        reader=_Shards(found, masks.members(shards) if has_masks else None),
     )
 
 
@@ -220,25 +283,57 @@ def _refuse_several_splits(shards: Sequence[Path], name: str) -> None:
         )
 
 
-def _samples(path: Path, place: int) -> dict[str, dict[str, _Member]]:
-    """The files of the shard at a place, by key and then by extension in lower case."""
-    samples: dict[str, dict[str, _Member]] = {}
+class _Listing:
+    """The files of a shard's samples as columns, in their order in the shard; those of one sample need not be neighbours."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}  # of samples, by key
+        self._sample, self._offset, self._size = array("q"), array("q"), array("q")
+        self._names: list[str] = []
+
+    def add(self, key: str, member: _Member) -> None:
+        self._sample.append(self._places.setdefault(key, len(self._places)))
+        self._offset.append(member.offset)
+        self._size.append(member.size)
+        self._names.append(member.name)
+
+    def samples(self, path: Path) -> Iterator[tuple[str, _Files]]:
+        """Each key with its files; ``path`` is the shard's, for messages."""
+        order = iter(np.argsort(np.array(self._sample, np.int64), kind="stable"))
+        counts = np.bincount(np.array(self._sample, np.int64), minlength=len(self._places))
+        for key, count in zip(self._places, counts, strict=True):
+            files: dict[str, _Member] = {}
+            for row in itertools.islice(order, int(count)):
+                name = self._names[row]
+                extension = _extension(name)
+                if extension in files:
+                    raise InputError(f"data: expected each file once in the shard {str(path)!r}, received several {name!r}")
+                files[extension] = _Member(name, self._offset[row], self._size[row])
+            yield key, files
+
+
+def _listed(path: Path) -> _Listing:
+    """The files of a shard's samples; no content is read."""
+    listing = _Listing()
     for member in _headers(path):
         parts = _KEY.fullmatch(member.name)
-        if parts is None or member.isdir():  # hidden, or without an extension: of no sample
+        hidden = os.path.basename(member.name).startswith(".")
+        if parts is None or hidden or member.isdir():  # also what has no extension is of no sample
             continue
         if not member.isreg() or member.issparse():
             raise InputError(
                 f"data: expected plain files in the shard {str(path)!r}, received the link or special {member.name!r}"
             )
-        files, extension = samples.setdefault(parts[1], {}), parts[2].lower()
-        if extension in files:
-            raise InputError(f"data: expected each file once in the shard {str(path)!r}, received several {member.name!r}")
-        files[extension] = _Member(member.name, place, member.offset_data, member.size)
-    return samples
+        listing.add(parts[1], _Member(member.name, member.offset_data, member.size))
+    return listing
 
 
-def _headers(path: Path) -> list[tarfile.TarInfo]:
+def _extension(name: str) -> str:
+    """What stands behind the first dot of the last part of a member's name, in lower case."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
     """What is in a shard, to its end; no content is read.
 
     Raises:
@@ -251,7 +346,9 @@ def _headers(path: Path) -> list[tarfile.TarInfo]:
                 raise _is_compressed(path.name)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as shard:
-                members = [_checked(member) for member in shard]
+                while (member := shard.next()) is not None:
+                    shard.members.clear()  # it would keep them all
+                    yield _checked(member)
                 _check_end(file, shard.offset)
     except InputError:
         raise
@@ -259,7 +356,6 @@ def _headers(path: Path) -> list[tarfile.TarInfo]:
         raise InputError(f"data: cannot read the shard {str(path)!r}: {brief(error)}") from error
     except Exception as error:  # a damaged header can raise anything inside the parser
         raise InputError(f"data: the shard {str(path)!r} is truncated, damaged or no .tar file: {brief(error)}") from error
-    return members
 
 
 def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -279,23 +375,28 @@ def _check_end(file: BinaryIO, offset: int) -> None:
             raise tarfile.ReadError(f"expected its end at byte {offset}, received something else")
 
 
-def _photo(files: _Files, key: str, path: Path) -> _Member:
-    """The image of a sample: by an extension that is an image's, else by the only one that ends in one, as ``v2.jpg``."""
+def _photo(files: _Files, key: str, path: Path) -> _Member | str:
+    """The image of a sample: by an extension that is an image's, else by the only one that ends in one, as ``v2.jpg``.
+
+    Where there is none, what was expected.
+    """
     plain = [extension for extension in files if extension in _IMAGES]
     ending = [extension for extension in files if extension not in _MASKS and extension.rpartition(".")[2] in _IMAGES]
     found = plain or ending
-    if len(found) != 1:
-        received = f"several ({', '.join(found)})" if found else ", ".join(files)
-        raise InputError(
-            f"data: expected one image ({', '.join(_IMAGES)}) for {key!r} in the shard {str(path)!r}, received {received}"
-        )
-    return files[found[0]]
+    if len(found) == 1:
+        return files[found[0]]
+    received = f"several ({', '.join(found)})" if found else ", ".join(files)
+    fault = f"data: expected one image ({', '.join(_IMAGES)}) for {key!r} in the shard {str(path)!r}, received {received}"
+    if found:
+        raise InputError(fault)
+    return fault
 
 
-def _read_labels(path: Path, samples: Mapping[str, _Files]) -> Iterator[int | str | None]:
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            yield from (_label(file, files, path) for files in samples.values())
+            yield file
     except OSError as error:
         raise InputError(f"data: cannot read the shard {str(path)!r}: {brief(error)}") from error
 
@@ -331,21 +432,13 @@ def _bytes(file: BinaryIO, offset: int, size: int) -> bytes:
     return content
 
 
-def _all_or_none(values: Sequence[Any], what: str, keys: Sequence[str], name: str) -> bool:
-    """Whether there is one for each sample."""
-    lacking = [key for key, value in zip(keys, values, strict=True) if value is None]
+def _all_or_none(lacking: Sequence[int], what: str, keys: Sequence[str], photos: _Members, name: str) -> bool:
+    """Whether there is one for each sample; ``lacking`` are the places of those without."""
     if lacking and len(lacking) < len(keys):
+        first = lacking[0]
+        shard = photos.shards[photos.shard[first]].name
         raise InputError(
-            f"data: expected a {what} for every sample of {name!r} or for none, received none for {some(map(repr, lacking))}"
+            f"data: expected a {what} for every sample of {name!r} or for none, received none for {len(lacking)} of the "
+            f"{len(keys)}, the first of them {keys[first]!r} in the shard {shard!r}"
         )
     return not lacking
-
-
-def _columns(shards: Sequence[Path], members: Sequence[_Member]) -> _Members:
-    return _Members(
-        shards=tuple(shards),
-        shard=np.array([member.shard for member in members], np.int32),
-        offset=np.array([member.offset for member in members], np.int64),
-        size=np.array([member.size for member in members], np.int64),
-        names=tuple(member.name for member in members),
-    )
