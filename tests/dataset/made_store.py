@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vitexplain.dataset.store import Layout, Row, ShardContent, StoreWriter
-from vitexplain.sources import open_source
+from vitexplain.sources import Source, open_source
 
 NAMES = ("tench, Tinca tinca", "cost in $ or $_{x}^2", "crane", "crane")
 SIDE, GRID = 64, 8  # of the model's input, and of its patches
@@ -49,6 +49,7 @@ def make_store(
     shards: Collection[int] | None = None,
     images: str | None = None,
     resize: str = "model",
+    source: Source | None = None,
 ) -> Path:
     """A store of the photos in a folder.
 
@@ -63,17 +64,20 @@ def make_store(
         shards: those that are done; None for all.
         images: which of the photos, as a slice.
         resize: ``"model"`` or ``"squash"``.
+        source: of the photos, where it is not what ``open_source`` makes of them.
     """
-    source = open_source(photos, images=images)
+    source = source or open_source(photos, images=images)
     methods = methods or {"rollout": (GRID, False)}
     leading = () if num_targets is None else (num_targets,)
     shapes = {label: (*leading, side, side) for label, (side, _) in methods.items()}
     layout = Layout(len(source), SHARD, shapes, num_targets)
-    settings = _settings(photos, source.ids, methods, num_targets, names, images, resize)
+    settings = _settings(photos, source, methods, num_targets, names, images, resize)
     writer = StoreWriter.prepare(path, settings, layout)
     for number in writer.missing() if shards is None else shards:
         rows = [
-            _row(source.ids[row], photos, source.labels[row] if labels else None, num_targets, row, (lost or {}).get(row))
+            _row(
+                source.ids[row], source.path(row), source.labels[row] if labels else None, num_targets, row, (lost or {}).get(row)
+            )
             for row in layout.rows(number)
         ]
         writer.write(number, _content(rows, methods, leading))
@@ -104,12 +108,11 @@ def _map(number: int, side: int, signed: bool, leading: tuple[int, ...]) -> np.n
 
 
 def _row(
-    identity: str, photos: Path, label: int | None, num_targets: int | None, row: int, lost: tuple[str, str | None] | None
+    identity: str, path: str | None, label: int | None, num_targets: int | None, row: int, lost: tuple[str, str | None] | None
 ) -> Row:
     prediction = row // 4 if row % 4 else (row // 4 + 1) % 3  # three of four are right
     target: Any = prediction if num_targets is None else tuple((prediction + k) % 4 for k in range(num_targets))
     score: Any = 0.75 if num_targets is None else tuple(0.75 / 2**k for k in range(num_targets))
-    path = str(photos / identity)
     if lost is not None and lost[0] == "unreadable":
         return Row(identity, path, label, None, None, None, None, row, *lost)
     return Row(identity, path, label, prediction, 0.75, target, score, row, *(lost or ("ok", None)))
@@ -117,7 +120,7 @@ def _row(
 
 def _settings(
     photos: Path,
-    ids: Sequence[str],
+    source: Source,
     methods: Mapping[str, tuple[int, bool]],
     num_targets: int | None,
     names: Sequence[str] | None,
@@ -143,12 +146,12 @@ def _settings(
         },
         "data": {
             "name": photos.name,
-            "kind": "imagefolder",
+            "kind": source.kind,
             "path": str(photos),
             "split": None,
             "images": images,
-            "count": len(ids),
-            "sha256": "f" * 64,
+            "count": len(source),
+            "sha256": source.fingerprint(),
         },
         "methods": {label: {"name": label.partition(":")[0], "options": {}} for label in methods},
         "target": "pred" if num_targets is None else f"top{num_targets}",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import zarr
@@ -188,9 +193,7 @@ def test_a_store_that_is_being_written_can_be_read(tmp_path) -> None:
             found.maps(which, "a")
     with pytest.raises(InputError, match="the shard of row 5 is not done yet"):
         found.row(5)
-    assert found.verify() == [
-        "1 shards are not done, the first of them number 1: run the same command again, what is missing is then explained anew"
-    ]
+    assert found.verify() == [], "what is not done yet is no damage"
 
 
 def test_what_is_no_store_is_named(tmp_path) -> None:
@@ -235,8 +238,8 @@ DAMAGES = {
     "a part is changed": (
         "maps.parquet/part-000001.parquet",
         _corrupt,
+        None,
         "000001.parquet' is damaged: delete",
-        "000001.parquet' is damaged",
     ),
     "metadata are gone": (
         "maps.zarr/a/scale/zarr.json",
@@ -248,7 +251,7 @@ DAMAGES = {
         "maps.zarr/a/maps/zarr.json",
         _truncate,
         "maps/zarr.json' is absent or damaged",
-        "maps/zarr.json' is absent",
+        r"maps/zarr.json' has \d+ bytes, expected \d+: take it from a copy of the store, or make the store anew",
     ),
 }
 
@@ -258,18 +261,198 @@ def test_damage_is_named(odd, name) -> None:
     path, damage, message, problem = DAMAGES[name]
     damage(odd.path.parent / path)
     found = open_maps(odd.path)
-    with pytest.raises(InputError, match=message):
-        found.maps(None, "a")
+    if message is None:  # the maps are whole
+        with pytest.raises(InputError, match=problem):
+            _ = found.index
+    else:
+        with pytest.raises(InputError, match=message):
+            found.maps(None, "a")
     problems = found.verify()
     assert len(problems) == 1
     assert problems[0].startswith("'")
     assert re.search(problem, problems[0])
 
 
+def _copy_part(store: MapStore) -> None:
+    shutil.copy(_part(store, 0), _part(store, 1))
+
+
+def _add_part(store: MapStore) -> None:
+    shutil.copy(_part(store, 0), _part(store, 3))
+
+
+def _rewrite_part(store: MapStore, change: Callable[[pyarrow.Table], pyarrow.Table]) -> None:
+    table = pyarrow.parquet.read_table(_part(store, 1))
+    pyarrow.parquet.write_table(change(table), _part(store, 1))
+
+
+def _name_no_files(table: pyarrow.Table) -> pyarrow.Table:
+    about = json.loads(table.schema.metadata[b"vitexplain"])
+    return table.replace_schema_metadata({"vitexplain": json.dumps({**about, "files": {}})})
+
+
+def _other_settings(table: pyarrow.Table) -> pyarrow.Table:
+    about = json.loads(table.schema.metadata[b"vitexplain"])
+    return table.replace_schema_metadata({"vitexplain": json.dumps({**about, "settings": "0" * 64})})
+
+
+def _part(store: MapStore, number: int) -> Path:
+    return store.path.with_suffix(".parquet") / f"part-{number:06d}.parquet"
+
+
+WRONG_PARTS = {
+    "another's": (_copy_part, "000001.parquet' holds other rows than 4 to 7: delete it"),
+    "beyond the last shard": (_add_part, "000003.parquet' belongs to no shard, as there are 3: delete it"),
+    "without files": (lambda store: _rewrite_part(store, _name_no_files), "000001.parquet' names other files"),
+    "of other settings": (lambda store: _rewrite_part(store, _other_settings), "000001.parquet' is of a run with other settings"),
+    "in another order": (
+        lambda store: _rewrite_part(store, lambda table: table.take([0, 2, 1, 3])),
+        "000001.parquet' holds rows that are not its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PARTS)
+def test_a_part_that_is_not_a_shards_own_is_refused(odd, name) -> None:
+    change, message = WRONG_PARTS[name]
+    change(odd)
+    found = open_maps(odd.path)
+    (problem,) = found.verify()
+    assert re.search(message, problem)
+    with pytest.raises(InputError, match=message):
+        _ = found.index
+    if "000001" in message:
+        for read in (lambda: found.row(5), lambda: found.maps(5, "a"), lambda: found.maps(None, "a")):
+            with pytest.raises(InputError, match=message):
+                read()
+
+
+@pytest.mark.parametrize("name", ["a", "a/maps", "b:depth=2/scale"])
+def test_metadata_that_were_changed_are_named(odd, name) -> None:
+    path = odd.path / name / "zarr.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "attributes": {}}))
+    (problem,) = open_maps(odd.path).verify()
+    assert problem.startswith(f"{str(path)!r} has ")
+    (odd.path / "zarr.json").write_text(
+        json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"vitexplain": odd.settings}})
+    )
+    assert any("does not name 'a/maps/zarr.json'" in problem for problem in open_maps(odd.path).verify())
+
+
+def test_settings_that_were_changed_are_no_longer_those_of_the_maps(odd) -> None:
+    root = odd.path / "zarr.json"
+    root.write_text(root.read_text().replace('"shard": 4', '"shard": 5'))
+    problems = open_maps(odd.path).verify()
+    assert len(problems) == 3
+    assert all("is of a run with other settings" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), MemoryError()])
+def test_what_cannot_be_read_is_not_called_damaged(odd, monkeypatch, error) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    odd.maps(0, "a")
+    reason = "Input/output error" if isinstance(error, OSError) else "out of memory"
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__getitem__", fail)
+        with pytest.raises(InputError, match=f"store: cannot read '.*a/maps': {reason}"):
+            odd.maps(0, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(pyarrow.parquet, "ParquetFile", fail)
+        with pytest.raises(InputError, match=f"store: cannot read '.*000002.parquet': {reason}"):
+            odd.row(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr, "open_array", fail)
+        with pytest.raises(InputError, match=f"store: cannot read '.*zarr.json': {reason}"):
+            open_maps(odd.path).maps(0, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        assert all(re.search(f"cannot read '.*': {reason}", problem) for problem in odd._verify_part(0, _part(odd, 0)))
+
+
+def test_a_log_that_cannot_be_read_is_not_called_damaged(odd) -> None:
+    (odd.path.with_suffix(".parquet") / "_runs.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"store: cannot read '.*_runs.jsonl': Is a directory"):
+        odd.runs()
+
+
 def test_a_log_that_is_damaged_is_named(odd) -> None:
     (odd.path.parent / "maps.parquet" / "_runs.jsonl").write_text("{\n")
     with pytest.raises(InputError, match=r"_runs.jsonl' is damaged"):
         odd.runs()
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_stays_the_same_when_the_current_folder_changes(odd, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = open_maps("maps.zarr")
+    fill(tmp_path / "other" / "maps.zarr", SEVERAL)
+    monkeypatch.chdir(tmp_path / "other")
+    assert found.row(9)["id"] == "é/9"
+    assert np.array_equal(pickle.loads(pickle.dumps(found)).maps(0, "a"), odd.maps(0, "a"))
+
+
+def test_a_link_to_a_store_is_read(odd, tmp_path) -> None:
+    (tmp_path / "latest").symlink_to(odd.path)
+    assert open_maps(tmp_path / "latest").row(9)["id"] == "é/9"
+    (tmp_path / "links").mkdir()
+    for name in ("maps.zarr", "maps.parquet"):
+        (tmp_path / "links" / f"of_{name}").symlink_to(tmp_path / name)
+    found = open_maps(tmp_path / "links" / "of_maps.zarr")
+    assert (found.path.name, found.verify(), found.is_complete) == ("of_maps.zarr", [], True)
+
+
+# -- much of it --------------------------------------------------------------------------------------------------------
+
+
+def test_one_image_takes_one_part_of_the_index(odd, monkeypatch) -> None:
+    for number in (0, 2):
+        _part(odd, number).write_bytes(b"not looked at")
+    monkeypatch.setattr(MapStore, "index", property(lambda _: pytest.fail("all of it was read")))
+    found = open_maps(odd.path)
+    assert found.row(5)["id"] == "é/5"
+    assert found.maps(4, "a").shape == (7, 5)
+    assert found.maps(slice(4, 8), "a").shape == (4, 7, 5)
+    assert found.maps([4, 7], "a").shape == (2, 7, 5)
+    assert found.is_complete
+
+
+def test_items_for_torch_take_the_parts_of_their_images(tmp_path, monkeypatch) -> None:
+    layout = Layout(60, 2, {"a": (2, 2)})
+    fill(tmp_path / "maps.zarr", layout)
+    dataset = open_maps(tmp_path / "maps.zarr").torch_dataset()
+    read: list[int] = []
+    checked = MapStore._checked_part
+
+    def counted(self: MapStore, number: int, part: Path, columns: object = None) -> pyarrow.Table:
+        read.append(number)
+        return checked(self, number, part, columns)
+
+    monkeypatch.setattr(MapStore, "_checked_part", counted)
+    monkeypatch.setattr(MapStore, "index", property(lambda _: pytest.fail("all of it was read")))
+    assert [item["id"] for item in dataset.__getitems__([0, 1])] == ["é/0", "é/1"]
+    assert set(read) == {0}
+    ids = [dataset[place]["id"] for place in range(len(dataset))]
+    assert ids == [f"é/{row}" for row in range(60) if row % 3 != 2]
+    assert len(dataset.store._read_parts) <= 16
+    assert len(read) <= 2 * layout.num_shards
+
+
+def test_a_slice_takes_no_memory_for_the_images_that_it_leaves_out(odd, monkeypatch) -> None:
+    made = []
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *bounds: made.append(bounds) or arange(*bounds))
+    odd.maps(slice(4, 6), "a")
+    assert made == [(4, 6, 1)]
+
+
+def test_text_of_the_index_may_be_larger_than_2_gib(odd) -> None:
+    types = {name: str(odd.index.schema.field(name).type) for name in ("id", "path", "reason")}
+    assert set(types.values()) == {"large_string"}
 
 
 # -- for torch ---------------------------------------------------------------------------------------------------------

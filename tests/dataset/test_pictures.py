@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from PIL import Image
 
 from vitexplain.dataset import pictures
 from vitexplain.dataset.maps import MapStore, open_maps
-from vitexplain.dataset.pictures import Photos, class_means, contact_sheet, drawable, overlay
+from vitexplain.dataset.pictures import NoPhotos, Photos, class_means, contact_sheet, drawable, overlay
 from vitexplain.errors import InputError
 from vitexplain.heatmap import colorize, upsample
+from vitexplain.sources import open_source
 
 from .made_store import GRID, SIDE, make_photos, make_store, place
 
@@ -105,7 +108,7 @@ def test_photos_that_have_moved(make, photos, tmp_path) -> None:
     moved = Photos(store, tmp_path / "elsewhere").find(store.row(3))
     assert np.array_equal(np.asarray(moved), np.asarray(Photos(store).find(store.row(3))))
     with pytest.raises(InputError, match="no file or folder"):
-        Photos(store, tmp_path / "nowhere")
+        Photos(store, tmp_path / "nowhere").find(store.row(3))
 
 
 def test_another_photo_is_never_taken_for_the_right_one(make, photos, tmp_path) -> None:
@@ -113,12 +116,71 @@ def test_another_photo_is_never_taken_for_the_right_one(make, photos, tmp_path) 
     changed = Path(shutil.copytree(photos, tmp_path / "changed"))
     (changed / "class_00" / "photo 0.jpg").unlink()
     found = Photos(store, changed)
-    with pytest.raises(
-        InputError, match=r"expected 'class_00/photo 1.jpg' as image 1 of 'changed', received 'class_00/photo 2.jpg'"
-    ):
-        found.find(store.row(1))
-    with pytest.raises(InputError, match="received only 11 images"):
-        found.find(store.row(11))
+    for row in (1, 11):  # each one place further on
+        assert np.array_equal(np.asarray(found.find(store.row(row))), np.asarray(Photos(store).find(store.row(row))))
+    with pytest.raises(InputError, match=r"expected 'class_00/photo 0.jpg' in 'changed', received none of that name"):
+        found.find(store.row(0))
+
+
+def test_one_photo_is_read_without_looking_for_all(make, monkeypatch) -> None:
+    store = make()
+    expected = np.asarray(Photos(store, store.settings["data"]["path"]).find(store.row(7)))
+    monkeypatch.setattr(pictures, "open_source", lambda *_, **__: pytest.fail("the whole source was opened"))
+    assert np.array_equal(np.asarray(Photos(store).find(store.row(7))), expected)
+
+
+def test_a_part_of_a_source_that_was_chosen_in_python(tmp_path, photos) -> None:
+    source = open_source(photos).select(slice(1, None, 2))
+    store = open_maps(make_store(tmp_path / "maps.zarr", photos, source=source))
+    found = Photos(store, photos)
+    assert peak(np.asarray(found.find(store.row(2)))) == pytest.approx(place(5), abs=0.02)
+
+
+def _archive(path: Path, colours: tuple[int, ...], labels: tuple[int, ...] = (0, 1, 2, 0, 1, 2)) -> Path:
+    images = np.stack([np.full((64, 64, 3), colour, dtype=np.uint8) for colour in colours])
+    np.savez(path, images=images, labels=np.array(labels))
+    return path
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, 6, 2)])
+def test_an_archive_is_known_by_its_content(tmp_path, part: slice) -> None:
+    data = _archive(tmp_path / "data.npz", (0, 50, 100, 150, 200, 250))
+    store = open_maps(make_store(tmp_path / "maps.zarr", data, source=open_source(data).select(part)))
+    same = Path(shutil.copy(data, tmp_path / "same.npz"))
+    other = _archive(tmp_path / "other.npz", (0, 50, 101, 150, 200, 250))
+    colours = range(0, 300, 50)[part]
+    for path in (None, same):
+        found = Photos(store, path)
+        if path is None:
+            assert found.doubt is None
+        assert [np.asarray(found.find(store.row(row)))[0, 0, 0] for row in range(len(store))] == list(colours)
+    for use in (lambda photos: photos.doubt, lambda photos: photos.find(store.row(0))):
+        with pytest.raises(NoPhotos, match=r"'other.npz' is not what the maps were made of: its content has changed"):
+            use(Photos(store, other))
+
+
+def test_labels_that_the_model_numbers_otherwise_do_not_make_an_archive_another(tmp_path) -> None:
+    data = _archive(tmp_path / "data.npz", (0, 50, 100, 150, 200, 250))
+    source = replace(open_source(data), labels=(2, 1, 0, 2, 1, 0))
+    assert Photos(open_maps(make_store(tmp_path / "maps.zarr", data, source=source))).doubt is None
+    begun = open_maps(make_store(tmp_path / "begun.zarr", data, source=source, shards=[0]))
+    assert "cannot be compared" in Photos(begun).doubt
+    begun = open_maps(make_store(tmp_path / "same.zarr", data, source=open_source(data), shards=[0]))
+    assert Photos(begun).doubt is None
+
+
+def test_a_hugging_face_dataset_whose_files_have_changed_is_drawn_with_a_note(tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (64, 64), (colour, 0, 0)) for colour in (0, 100, 200)]
+    rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+    rows.save_to_disk(tmp_path / "data")
+    data = tmp_path / "data"
+    store = open_maps(make_store(tmp_path / "maps.zarr", data, source=open_source(data), labels=False))
+    assert Photos(store).doubt is None
+    for file in data.glob("*.arrow"):
+        os.utime(file, (1, 1))
+    assert Photos(store).doubt == "'data' may not be what the maps were made of: its files have changed"
+    assert np.asarray(Photos(store).find(store.row(2)))[0, 0, 0] in range(198, 203)
 
 
 # -- overlays ----------------------------------------------------------------------------------------------------------

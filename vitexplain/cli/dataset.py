@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,6 +126,7 @@ def _dataset(
         try:
             done = run(loaded, source, names, output, progress=report, measuring=measuring, **settings)
         except KeyboardInterrupt:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of what zarr had begun
             raise Failure("interrupted; the same command goes on from the last shard that is whole") from None
     if not first:
         return

@@ -30,7 +30,7 @@ from .store import StoreWriter, checked_output, import_parquet, import_zarr, loc
 from .work import Counter, Progress, Work, device_name
 
 ENGINES = ("local", "ray")
-SHARD = {"cpu": 256, "cuda": 1024}  # images that are lost at most when a run is killed
+SHARD = {"cpu": 256, "cuda": 1024}  # images; a kill loses the shard in work, and those that are still being written
 SHARD_BYTES = 64 << 20  # of maps in memory until a shard is whole
 MEASURED_BATCHES = 16  # a run of fewer batches is not worth measuring what it could have been
 

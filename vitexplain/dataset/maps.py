@@ -385,8 +385,9 @@ class MapStore:
         return set()
 
     def _sliced(self, which: slice, label: str) -> np.ndarray:
+        count = len(self)
         try:
-            numbers = np.arange(*which.indices(len(self)))
+            numbers = np.arange(*which.indices(count))
         except (TypeError, ValueError) as error:
             raise InputError(f"which: expected a slice of rows, received {which}") from error
         done = self._is_done(numbers)
@@ -438,7 +439,7 @@ class MapStore:
         if absent:
             yield f"{str(root)!r} is not what was written, as it does not name {min(absent)!r}: {_ANEW}"
         for name, (size, digest) in files.items():
-            yield from self._verify_file(name, size, digest, absent=_ANEW, changed=_ANEW)
+            yield from self._verify_file(name, size, digest, again=_ANEW, changed=_ANEW)
 
     def _verify_part(self, number: int, part: Path) -> Iterator[str]:
         try:
@@ -448,19 +449,19 @@ class MapStore:
             yield str(error).removeprefix("store: ")
             return
         for name, (size, digest) in files.items():
-            yield from self._verify_file(name, size, digest, absent=_AGAIN, changed=_DELETE)
+            yield from self._verify_file(name, size, digest, again=_AGAIN, changed=_DELETE)
 
-    def _verify_file(self, name: str, size: int, digest: str, *, absent: str, changed: str) -> Iterator[str]:
+    def _verify_file(self, name: str, size: int, digest: str, *, again: str, changed: str) -> Iterator[str]:
         path = self.path / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            yield f"{str(path)!r} is absent: {absent}"
+            yield f"{str(path)!r} is absent: {again}"
         except (OSError, MemoryError) as error:
             yield str(cannot_read(path, error)).removeprefix("store: ")
         else:
             if len(content) != size:
-                yield f"{str(path)!r} has {len(content)} bytes, expected {size}: {changed}"
+                yield f"{str(path)!r} has {len(content)} bytes, expected {size}: {again}"
             elif hashlib.sha256(content).hexdigest() != digest:
                 yield f"{str(path)!r} is not what was written: {changed}"
 

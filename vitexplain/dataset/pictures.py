@@ -64,6 +64,7 @@ class Photos:
         """
         if self._path is None and row["path"] is not None and os.path.isfile(row["path"]):
             return self._display(load_photo(row["path"]))
+        _ = self.doubt  # other data are refused
         return self._display(self._source.sample(self._place(row), masks=False).photo)
 
     @cached_property
