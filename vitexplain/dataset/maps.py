@@ -202,7 +202,7 @@ class MapStore:
     def runs(self) -> list[dict[str, Any]]:
         """What the runs that wrote this logged, the first one first."""
         path = self._index_folder / RUNS
-        if not path.exists():
+        if file_size(path) is None:
             return []
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -276,6 +276,7 @@ class MapStore:
             with reading_part(part):
                 table = parquet.ParquetFile(part, page_checksum_verification=True).read([*{**dict.fromkeys(wanted), "row": None}])
                 if table["row"].to_pylist() == list(self._layout.rows(number)):
+                    self._own.add(number)
                     return table.select(wanted).cast(_fields(schema, wanted))
             problem = "holds rows that are not its own"
         raise refused_part(part, problem)
@@ -291,7 +292,8 @@ class MapStore:
     def _row(self, number: int) -> dict[str, Any]:
         """The index's row of a row of the source."""
         shard, place = divmod(number, self._layout.shard)
-        self._check_done(np.array([number]))
+        if shard not in self._parts:
+            raise _not_done(number)
         return self._part(shard).slice(place, 1).to_pylist()[0]
 
     def _rows_with_maps(self) -> np.ndarray:
@@ -364,7 +366,7 @@ class MapStore:
         """Refuse rows of the source whose shard is not done, or has a part that is not its own."""
         done = self._is_done(numbers)
         if not done.all():
-            raise InputError(f"which: the shard of row {numbers[~done][0]} is not done yet; {_AGAIN}")
+            raise _not_done(numbers[~done][0])
 
     def _is_done(self, numbers: np.ndarray) -> np.ndarray:
         """bool (n,): whether the shards of rows of the source are done."""
@@ -374,13 +376,12 @@ class MapStore:
     def _shard_is_done(self, shard: int) -> bool:
         if shard not in self._parts:
             return False
-        if shard not in self._whole:
+        if shard not in self._own:
             self._checked_part(shard, self._parts[shard], ["row"])
-            self._whole.add(shard)
         return True
 
     @cached_property
-    def _whole(self) -> set[int]:
+    def _own(self) -> set[int]:
         """Shards whose part was found to be their own."""
         return set()
 
@@ -513,6 +514,10 @@ def _as_class(value: int | list[int] | None) -> int | Tensor:
     if isinstance(value, list):
         return torch.tensor(value, dtype=torch.int64)
     return NO_LABEL if value is None else value
+
+
+def _not_done(number: int) -> InputError:
+    return InputError(f"which: the shard of row {number} is not done yet; {_AGAIN}")
 
 
 def _fields(schema: pyarrow.Schema, names: Sequence[str]) -> pyarrow.Schema:

@@ -24,7 +24,7 @@ from ..files import writing
 from ..messages import brief, differences, quiet, some
 from .engine import Engine, Tally
 from .settings import Plan
-from .store import Layout, StoreWriter, part_path, read_settings, remove_leftovers
+from .store import StoreWriter, part_path, read_settings, remove_leftovers
 from .work import Counter, Work, device_name
 
 SHARDS_A_TASK = {"cpu": 1, "cuda": 8}  # a GPU is through with a shard in a second, and between two tasks it waits for photos
@@ -101,8 +101,7 @@ class _Parcel:
     plan: Plan
     device: str
     batch: int
-    output: Path
-    layout: Layout
+    writer: StoreWriter
     attempts: int
 
     @classmethod
@@ -116,7 +115,7 @@ class _Parcel:
             plan = replace(plan, model=there)
             gc.collect()
             torch.cuda.empty_cache()  # what measuring has left: an actor of this machine needs it
-        return ray.cloudpickle.dumps(cls(plan, device, batch, writer.output, writer.layout, ATTEMPTS))
+        return ray.cloudpickle.dumps(cls(plan, device, batch, writer, ATTEMPTS))
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,8 @@ class _Actor:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         parcel: _Parcel = pickle.loads(ray.get(self._parcel))
-        self._writer = StoreWriter(parcel.output, parcel.layout)
+        self._writer = parcel.writer  # which knows what store it is for
+        StoreWriter(parcel.writer.output, parcel.writer.layout)  # refuses a folder that is not shared
         _check_versions(parcel)
         model = replace(parcel.plan.model, model=parcel.plan.model.model.to(parcel.device))
         self._before, self._attempts = Work(), parcel.attempts
@@ -192,7 +192,7 @@ class _Actor:
 
 def _check_versions(parcel: _Parcel) -> None:
     """Refuse a node whose packages would make other maps."""
-    standing = read_settings(parcel.output) or {}
+    standing = read_settings(parcel.writer.output) or {}
     different = differences(standing.get("versions"), parcel.plan.versions())
     if different:
         raise InputError(
