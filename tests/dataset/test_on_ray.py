@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     def call(**options) -> None:
         run(model, photos, "tokentm", tmp_path / "maps.zarr", engine="ray", **OPTIONS, **options)
 
-    with pytest.raises(InputError, match="actors: expected at least 1, received 0"):
+    with pytest.raises(InputError, match="actors: expected 1 or more actors, received 0"):
         call(actors=0)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")

@@ -300,7 +300,7 @@ def _check_call(engine: str, actors: int | None, *callbacks: object) -> None:
     if engine == "ray":
         from . import on_ray
 
-        on_ray.check(actors)
+        on_ray.check()
 
 
 def _check_alike(settings: list[dict[str, Any]]) -> None:

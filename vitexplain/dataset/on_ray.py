@@ -39,14 +39,12 @@ _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # errors of Ray Data's own making w
 _LOGGERS = ("ray", "ray.data")
 
 
-def check(actors: int | None) -> None:
+def check() -> None:
     """See before any work that Ray can be used.
 
     Raises:
-        InputError: it is not installed, ``torchrun`` has started this process, or there are to be no actors.
+        InputError: it is not installed, or ``torchrun`` has started this process.
     """
-    if actors is not None and actors < 1:
-        raise InputError(f"actors: expected at least 1, received {actors}")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise InputError(
