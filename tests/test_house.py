@@ -21,7 +21,7 @@ LEVELS = [
     {"tap", "targets", "heatmap"},
     {"models", "fused_attention"},
     {"kernels"},
-    {"errors", "messages", "files", "capture", "options", "environment"},
+    {"errors", "messages", "files", "capture", "options", "environment", "processes"},
 ]
 FREE = {"testing", "__init__", "assets"}  # the reference stands beside the house; the package's front door sees all
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -246,7 +246,7 @@ def test_a_second_run_is_refused_and_the_first_one_is_undisturbed(undisturbed, t
     output = tmp_path / "out" / "maps.zarr"
     run = command(undisturbed.photos, output, 0)
     wait_for(run, lambda: parts(output))
-    run.send_signal(signal.SIGSTOP)  # so that it is at work for as long as this takes
+    stop(run)  # so that it is at work for as long as this takes
     before = files(output)
     for more in ((), ("--overwrite",), ("--target", "top2")):
         arguments = ("dataset", undisturbed.photos, "--output", output, *OPTIONS, *more)
@@ -257,6 +257,18 @@ def test_a_second_run_is_refused_and_the_first_one_is_undisturbed(undisturbed, t
     run.send_signal(signal.SIGCONT)
     assert finished(run)["images"] == COUNT
     check_whole(output, undisturbed)
+
+
+def stop(run: subprocess.Popen[str]) -> None:
+    """Until every thread stands still: one that is writing comes to its end first."""
+    run.send_signal(signal.SIGSTOP)
+    threads = Path(f"/proc/{run.pid}/task")
+    wait_until(lambda: all(state(thread) == "T" for thread in threads.iterdir()), END)
+
+
+def state(thread: Path) -> str:
+    """A letter, as the system has it: T is stopped."""
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture
@@ -290,7 +302,7 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on_when_there_is
     seen.parent.mkdir()
     run = command(undisturbed.photos, there, 0, inside=inside)
     wait_for(run, lambda: parts(seen) >= NUM_SHARDS // 3)
-    run.send_signal(signal.SIGSTOP)
+    stop(run)
     fill(disk / "filler")
     run.send_signal(signal.SIGCONT)
     output, errors = run.communicate(timeout=END)

@@ -25,6 +25,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# options that several commands have
+Model = Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's. Default: tokentm."),
+]
+Split = Annotated[str | None, typer.Option(help="Split of the data, where there are several.")]
+Images = Annotated[str | None, typer.Option(help="Which images, START:STOP:STEP, as :100 or ::2.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")]
+
 
 class Failure(Exception):
     """A one-line message for the person at the terminal."""

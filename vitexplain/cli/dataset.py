@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Failure, app, guarded, method_names, prepare_hub, progress
+from .app import (
+    Backend,
+    Device,
+    Failure,
+    Images,
+    Methods,
+    Model,
+    Split,
+    Weights,
+    app,
+    guarded,
+    method_names,
+    prepare_hub,
+    progress,
+)
 
 if TYPE_CHECKING:
     from ..dataset import Measured, Progress, Report
@@ -32,19 +46,16 @@ def dataset(
         Path,
         typer.Option(help="The store to write, NAME.zarr; an interrupted run there goes on where it was.", show_default=False),
     ],
-    model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
-    weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's. Default: tokentm."),
-    ] = None,
+    model: Model = "demo",
+    weights: Weights = None,
+    method: Methods = None,
     target: Annotated[
         str, typer.Option("--target", "-t", help="Class explained: pred (predicted), label, or topK, such as top3.")
     ] = "pred",
     batch: Annotated[str, typer.Option(help="Images explained at once; auto finds it by measurement.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 (bf16) or float16 (fp16).")] = "float32",
-    split: Annotated[str | None, typer.Option(help="Split of the data, where there are several.")] = None,
-    images: Annotated[str | None, typer.Option(help="Which images, START:STOP:STEP, as :100 or ::2.")] = None,
+    split: Split = None,
+    images: Images = None,
     resize: Annotated[str, typer.Option(help="model (its own preprocessing) or squash (the whole photo).")] = "model",
     engine: Annotated[
         str, typer.Option(help="local (this machine; with torchrun, one process a GPU) or ray (a cluster).")
@@ -59,8 +70,8 @@ def dataset(
     shard: Annotated[
         int | None, typer.Option(help="Images a file of the store. Default: 256 on a CPU, 1024 on a GPU.", min=1)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
     graph: Annotated[bool, typer.Option(help="On a GPU, replay explanations from a CUDA graph where that can be done.")] = True,
     deterministic: Annotated[bool, typer.Option(help="On a GPU, have torch give the same bits each time.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever maps stand there.")] = False,
@@ -102,6 +113,10 @@ def _dataset(
     settings: dict[str, Any],
 ) -> None:
     prepare_hub(model, weights)
+    if settings["engine"] == "local" and settings["workers"] != 0:
+        from ..processes import start_early
+
+        start_early()
     from ..dataset import run
     from ..dataset.ranks import local_device
     from ..loading import load_model

@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Failure, app, guarded, method_names, options_text, prepare_hub, progress
+from .app import (
+    Backend,
+    Device,
+    Failure,
+    Images,
+    Methods,
+    Model,
+    Split,
+    Weights,
+    app,
+    guarded,
+    method_names,
+    options_text,
+    prepare_hub,
+    progress,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,12 +47,9 @@ def evaluate(
     output: Annotated[
         Path, typer.Option(help="Folder for results; an interrupted evaluation there goes on where it was.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
-    weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's. Default: tokentm."),
-    ] = None,
+    model: Model = "demo",
+    weights: Weights = None,
+    method: Methods = None,
     protocol: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,8 +63,8 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Class explained: pred (predicted) or gt (the label); repeat for both. Default: pred."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the data, where there are several.")] = None,
-    images: Annotated[str | None, typer.Option(help="Which images, START:STOP:STEP, as :100 or ::2.")] = None,
+    split: Split = None,
+    images: Images = None,
     resize: Annotated[
         str, typer.Option(help="model (its own preprocessing), squash (the whole photo), or auto: squash where masks are read.")
     ] = "auto",
@@ -68,8 +80,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of ties, random maps and the bootstrap.", min=0)] = 0,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the images for the intervals.", min=1)] = 2000,
     gallery: Annotated[int, typer.Option(help="Photos in the report, those the methods disagree on most first.", min=0)] = 12,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever stands in the folder.")] = False,
 ) -> None:
     """Measure how faithful methods are to a model: tables with intervals, curves and a report as one page.

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Failure, app, complain, guarded, method_names, options_text, prepare_hub, progress
+from .app import (
+    Backend,
+    Device,
+    Failure,
+    Model,
+    Weights,
+    app,
+    complain,
+    guarded,
+    method_names,
+    options_text,
+    prepare_hub,
+    progress,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,8 +40,8 @@ ARRAYS = ".npz"
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(help="One photo or many.", metavar="IMAGE...", show_default=False)],
-    model: Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")] = "demo",
-    weights: Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")] = None,
+    model: Model = "demo",
+    weights: Weights = None,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", "-m", help="Method; repeat for several, 'all' for all but captum's. Default: tokentm."),
@@ -47,8 +60,8 @@ def explain(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")] = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     batch: Annotated[int, typer.Option(help="Photos explained at once.", min=1)] = 8,
     top: Annotated[int, typer.Option(help="How many top classes to print.", min=1)] = 5,

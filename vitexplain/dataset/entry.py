@@ -19,11 +19,11 @@ from ..errors import InputError
 from ..loading import LoadedModel, dtype_named
 from ..messages import brief, differences
 from ..methods import MethodChoice, methods_from_texts
+from ..processes import start_early
 from ..sources import Source, open_source
 from .auto_batch import Measured, best_batch, try_one_batch
 from .compute import BatchExplainer, deterministic, is_out_of_memory
 from .engine import Engine, Tally
-from .loader import start_early
 from .ranks import Ranks
 from .settings import Plan, checked_count
 from .store import StoreWriter, checked_output, import_parquet, import_zarr, locked, read_settings

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import shutil
@@ -17,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..loading import Preprocess
 from ..messages import brief
+from ..processes import process_context, start_early
 from ..sources import Source
 
 IMAGES_A_TASK = 16  # what one worker decodes at a time: a batch is shared among workers
@@ -191,7 +189,7 @@ class Decoder:
     def _new_pool(self, workers: int) -> ProcessPoolExecutor:
         """Processes that share no lock and no thread with this one, which may hold a GPU."""
         start_early()
-        return ProcessPoolExecutor(workers, _context(), _prepare_worker, (self._sent_whole, self._preprocess, self._slots))
+        return ProcessPoolExecutor(workers, process_context(), _prepare_worker, (self._sent_whole, self._preprocess, self._slots))
 
     def _submit(self, task: _Task) -> None:
         if self._pool is not None:
@@ -313,26 +311,6 @@ def _end(pool: ProcessPoolExecutor) -> None:
     for process in list((pool._processes or {}).values()):
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
-
-
-def start_early() -> None:
-    """Have what starts workers import what they need while there is other work to do."""
-    if _context().get_start_method() != "forkserver":
-        return
-    multiprocessing.resource_tracker.ensure_running()  # which would undo the following
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C would show where its imports are
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _context() -> BaseContext:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once, not once a worker
-    return context
 
 
 def _num_slots(batch: int, input_size: tuple[int, int], workers: int) -> int:
