@@ -28,7 +28,7 @@ class Measured:
     images_per_second: float
 
 
-def best_batch(plan: Plan, report: Callable[[Measured], None] = lambda _measured: None) -> int:
+def best_batch(plan: Plan, report: Callable[[Measured], None] | None = None) -> int:
     """The smallest batch within 3 % of the best speed; sizes are doubled until they no longer gain, or memory runs out.
 
     Raises:
@@ -42,7 +42,8 @@ def best_batch(plan: Plan, report: Callable[[Measured], None] = lambda _measured
         if seconds is None:
             break
         found.append(Measured(batch, batch / seconds))
-        report(found[-1])
+        if report is not None:
+            report(found[-1])
         if seconds > _LONG or _is_full(device) or _no_longer_gains(found):
             break
         batch *= 2
@@ -73,12 +74,10 @@ def _seconds_or_none(plan: Plan, batch: int) -> float | None:
         torch.cuda.empty_cache()  # what the batch before has left would count as this one's
     try:
         return _seconds(plan, batch)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    except MemoryError:
-        pass
-    return None
+        return None
 
 
 def _seconds(plan: Plan, batch: int) -> float:

@@ -344,12 +344,11 @@ def _sizes(
     """Images a batch and a shard: as asked for, as the store that stands has them, or as they suit."""
     standing = None if overwrite else read_settings(output)
     if number is None:
-        number = standing["batch"] if standing else best_batch(plan, measuring or (lambda _measured: None))
+        number = standing["batch"] if standing else best_batch(plan, measuring)
     if shard is None:
         if standing:
             return number, standing["shard"]
-        shard = SHARD.get(plan.device.type, SHARD["cpu"])
-        shard = min(shard, max(1, SHARD_BYTES // plan.layout(1).image_bytes))
+        shard = min(SHARD[plan.device.type], max(1, SHARD_BYTES // plan.layout(1).image_bytes))
     return number, -(-shard // number) * number
 
 
@@ -383,7 +382,7 @@ def _bare_images_per_second(plan: Plan, batch: int, work: Work) -> float | None:
     try:
         with deterministic(plan.device, enabled=plan.deterministic):
             return BatchExplainer(plan.model, plan.methods, batch=batch, graph=False, **plan.how).bare_images_per_second()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None

@@ -77,7 +77,7 @@ def explain_shards(
     parcel = _Parcel.of(plan, batch, writer)
     with _connected(ray, len(parcel)), quiet(*_LOGGERS, level=logging.CRITICAL), _marks(writer):
         pool = _pool([node["Resources"] for node in ray.nodes() if node["Alive"]], plan.device.type, actors)
-        tasks = _tasks(missing, pool.actors, SHARDS_A_TASK.get(plan.device.type, 1))
+        tasks = _tasks(missing, pool.actors, SHARDS_A_TASK[plan.device.type])
         stalled = getattr(ray.data.exceptions, "ExecutionTimeoutError", ray.exceptions.RayError)  # older versions wait on
         try:
             work = _collect(_outcomes(ray, parcel, tasks, pool), writer, missing, counter)
