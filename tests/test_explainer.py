@@ -96,7 +96,8 @@ def test_a_mapping_of_labels_holds_one_method_with_several_options(model, images
     assert together["paper"].options["score"] == "probability", "options go to what is named, instances have their own"
     assert together["length"].options["score"] == "logit"
     for label, method in {"length": TokenTM(necc=False), "again": TokenTM(), "l2": GMAR(norm="l2")}.items():
-        assert torch.equal(together[label].maps, vitexplain.explain(model, images, method=method).maps), label
+        # alone, gmar lets the last block run on fewer rows, whose sums a matrix product may take in another order
+        assert relative_error(together[label].maps, vitexplain.explain(model, images, method=method).maps) < 1e-6, label
     alone = vitexplain.explain(model, images, score="probability")
     assert torch.equal(together["paper"].maps, alone.maps)
 
@@ -353,7 +354,7 @@ def test_nothing_is_looked_at_on_the_host_while_a_graph_is_captured(monkeypatch,
     explainer = vitexplain.Explainer(model, methods, rows=rows)
     target = torch.tensor([1, 2])
     expected = explainer.attribute(images, target)
-    for module in ("explainer", "targets"):
+    for module in ("capture", "targets"):
         monkeypatch.setattr(f"vitexplain.{module}.unseen", lambda _device: True)
     with _NoLookOnTheHost():
         captured = explainer.attribute(images, target)

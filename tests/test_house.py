@@ -21,6 +21,7 @@ LEVELS = [
     {"tap", "targets", "heatmap"},
     {"models", "fused_attention"},
     {"kernels"},
+    {"compiled", "checkpoint", "cuda_graphs"},
     {"errors", "messages", "files", "capture", "options", "environment", "processes"},
 ]
 FREE = {"testing", "__init__", "assets"}  # the reference stands beside the house; the package's front door sees all

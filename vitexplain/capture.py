@@ -1,14 +1,17 @@
-"""When values must not be looked at on the host: while a CUDA graph is captured, and where a caller looks at them later."""
+"""Looking at values on the host: when it must not be done, and once for all checks of a call where it may."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 _UNSEEN: ContextVar[bool] = ContextVar("vitexplain_unseen_values", default=False)
+_Check = tuple[Tensor, Callable[[], Exception]]
+_LATER: ContextVar[list[_Check] | None] = ContextVar("vitexplain_checks_for_later", default=None)
 
 
 def unseen(device: torch.device) -> bool:
@@ -24,3 +27,44 @@ def without_looking() -> Iterator[None]:
         yield
     finally:
         _UNSEEN.reset(token)
+
+
+def expect(holds: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise ``error()`` where ``holds``, a boolean scalar, is false.
+
+    On a CPU at once; on a GPU, where a look waits for all work before it, at the end of ``looking_once``.
+    """
+    if unseen(holds.device):
+        return
+    later = _LATER.get()
+    if later is not None and holds.device.type != "cpu":
+        later.append((holds, error))
+    elif not holds:
+        raise error()
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Gather what ``expect`` is told of values on a GPU, and look at all of it at the end, with one wait.
+
+    Raises:
+        Exception: the first of the errors; in place of any other that came later and may follow from it.
+    """
+    later: list[_Check] = []
+    token = _LATER.set(later)
+    try:
+        yield
+    except Exception:
+        _look(later)
+        raise
+    finally:
+        _LATER.reset(token)
+    _look(later)
+
+
+def _look(checks: list[_Check]) -> None:
+    if not checks:
+        return
+    for held, (_, error) in zip(torch.stack([holds for holds, _ in checks]).tolist(), checks, strict=True):
+        if not held:
+            raise error()

@@ -30,3 +30,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
         return UnknownNameError(f"unknown {kind} {name!r}: did you mean {', '.join(near)}?")
     listed = ", ".join(known[:20]) + (f", … ({len(known)} in all)" if len(known) > 20 else "")
     return UnknownNameError(f"unknown {kind} {name!r}: expected one of {listed or 'none'}")
+
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was wanting, on a GPU or on the host, where torch has no error of its own for it."""
+    from torch import OutOfMemoryError
+
+    text = str(error)
+    return isinstance(error, OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in text for said in _OUT_OF_MEMORY)
+    )

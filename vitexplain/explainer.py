@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import unseen, without_looking
-from .errors import InputError, UnsupportedModelError
-from .explanation import Explanation
+from .capture import expect, looking_once, without_looking
+from .compiled import check_mode
+from .cuda_graphs import GraphCache
+from .errors import InputError, UnsupportedModelError, is_out_of_memory
+from .explanation import TENSORS, Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
+from .messages import brief
 from .methods import CaptumMethod, Method, MethodChoice, build_methods
 from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
@@ -28,10 +30,11 @@ from .relevance import (
     walk_without_gradient,
 )
 from .relevance_tap import RelevanceTap
-from .tap import Request, Tap, frozen
-from .targets import Target, targets_of
+from .tap import Request, Running, Tap, frozen
+from .targets import Target, resolve_target, targets_of
 
 BACKENDS = (*KERNEL_BACKENDS, "dense")
+REPLAYED_ON = "cuda"
 
 Score = Callable[[Tensor], Tensor]
 
@@ -52,6 +55,13 @@ class Explainer:
             (B, K) for K explanations an image that share the forward. See ``margin`` and ``similarity``. A string is the option
             of that name of the methods that have one.
         anatomy: a description of the model, for one of no known family.
+        compile: run the model's blocks as ``torch.compile`` makes them: True, or one of its modes, ``"default"`` or
+            ``"max-autotune-no-cudagraphs"``. Each new shape of input takes the compiler's time once. Relevance passes (LRP and
+            its kin) have rules of their own in the place of what would be compiled, and run as they are.
+        checkpoint: keep the input alone of every block, and run the block again when the gradient reaches it: a second forward
+            for each target, for a fraction of the memory.
+        cuda_graph: capture the whole explanation in a CUDA graph for each shape of input and form of target, and replay it from
+            then on; the four last used are kept, and with them the memory that they work in.
         **options: the methods' options; each goes to every named method that has it.
 
     Raises:
@@ -69,6 +79,9 @@ class Explainer:
         rows: str | None = None,
         score: Score | str | None = None,
         anatomy: Anatomy | None = None,
+        compile: bool | str = False,
+        checkpoint: bool = False,
+        cuda_graph: bool = False,
         **options: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -82,9 +95,11 @@ class Explainer:
         self.methods = list(dict.fromkeys(self.labels.values()))
         self.backend = backend
         self.rows = rows
+        self.compile_mode, self.checkpoint = check_mode(compile), _flag("checkpoint", checkpoint)
         self.anatomy = read_anatomy(model) if anatomy is None else _described(model, anatomy)
         self._several = not isinstance(method, str | Method)
         self._check_methods()
+        self._graphs = self._graph_cache() if _flag("cuda_graph", cuda_graph) else None
 
     def attribute(
         self, inputs: Tensor | Mapping[str, Tensor], target: Any = None, *, check_values: bool = True
@@ -100,8 +115,8 @@ class Explainer:
             check_values: refuse images, logits and classes that are not finite or out of range. Without it a GPU is never
                 waited for, and what is not finite shows in the maps; a target is None, ``"topK"``, or a tensor on the device.
 
-        A whole call on images can be captured in a CUDA graph, after one that was not; nothing is then checked that needs a look
-        at values.
+        A whole call on images can also be captured in a CUDA graph of the caller's, after one that was not; nothing is then
+        checked that needs a look at values.
 
         Returns:
             One ``Explanation``, or a dict by method name (or label) where several methods were asked for.
@@ -110,10 +125,9 @@ class Explainer:
             InputError: inputs or target that do not fit.
             UnsupportedModelError: the running model does something that cannot be explained.
         """
-        with nullcontext() if check_values else without_looking():
+        with looking_once() if check_values else without_looking():
             inputs = self._check_tokens(inputs) if self.anatomy.is_text else self._check_images(inputs)
-            explain = self._dense if self.backend == "dense" else self._matrix_free
-            explanations = explain(inputs, target)
+            explanations = self._explain(inputs, target)
         return explanations if self._several else next(iter(explanations.values()))
 
     # -- checks ------------------------------------------------------------------------------------------------------
@@ -147,8 +161,7 @@ class Explainer:
         if images.dtype != parameter.dtype and not (autocast and images.is_floating_point()):
             raise InputError(f"images: expected dtype {parameter.dtype} (the model's), received {images.dtype}")
         self.anatomy.check_image_size(*images.shape[1:])
-        if not unseen(images.device) and not torch.isfinite(images).all():
-            raise InputError("images: expected finite values, received NaN or infinity")
+        expect(torch.isfinite(images).all(), lambda: InputError("images: expected finite values, received NaN or infinity"))
         self.check_backend(images.device)
         return images.detach()
 
@@ -195,11 +208,63 @@ class Explainer:
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        if not unseen(output.device) and not torch.isfinite(output).all():
-            raise InputError(f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
+        self._expect_finite(output)
         return output
 
+    def _expect_finite(self, output: Tensor) -> None:
+        expect(
+            torch.isfinite(output).all(),
+            lambda: InputError(f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})"),
+        )
+
+    # -- replayed ----------------------------------------------------------------------------------------------------
+
+    def _graph_cache(self) -> GraphCache:
+        if self.backend == "dense" or self.anatomy.is_text or any(isinstance(method, CaptumMethod) for method in self.methods):
+            raise InputError(
+                "cuda_graph: expected a model of images, methods of this library's own, and a backend other than 'dense', whose "
+                "work does not depend on values"
+            )
+        return GraphCache()
+
+    def _replayed(self, images: Tensor, target: Any) -> dict[str, Explanation]:
+        """``_matrix_free`` from a graph."""
+        if images.device.type != REPLAYED_ON:
+            raise InputError(f"cuda_graph: expected a model on a GPU, received one on {images.device}")
+        classes = None
+        if target is not None and not isinstance(target, str) and self.score is None:
+            classes = resolve_target(target, images.new_empty(len(images), self.anatomy.num_classes))
+            target = None
+
+        def call(images: Tensor, classes: Tensor | None) -> dict[str, Tensor]:
+            with without_looking():
+                found = self._matrix_free(images, target if classes is None else classes)
+            return {f"{label}/{name}": tensor for label, one in found.items() for name, tensor in one.tensors().items()}
+
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        places = tuple(parameter.data_ptr() for parameter in self.anatomy.model.parameters())
+        key = (images.shape, images.dtype, target, None if classes is None else classes.shape, autocast, places)
+        try:
+            tensors = self._graphs(key, call, (images, classes), images.device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(
+                f"cuda_graph: {type(self.anatomy.model).__name__} cannot be captured: {brief(error)}"
+            ) from error
+        explanations = {
+            label: Explanation(method.name, asdict(method), **{name: tensors.get(f"{label}/{name}") for name in TENSORS})
+            for label, method in self.labels.items()
+        }
+        self._expect_finite(next(iter(explanations.values())).logits)
+        return explanations
+
     # -- the two ways ------------------------------------------------------------------------------------------------
+
+    def _explain(self, inputs: Any, target: Any) -> dict[str, Explanation]:
+        if self.backend == "dense":
+            return self._dense(inputs, target)
+        return self._matrix_free(inputs, target) if self._graphs is None else self._replayed(inputs, target)
 
     def _matrix_free(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         with torch.inference_mode(False):
@@ -313,7 +378,9 @@ class _Run:
         if not plain and not recorded:
             return
         request = self._request(plain, recorded)
-        with Tap(self.anatomy, request, self.explainer.backend) as tap:
+        keep_attention = self.rows == "all" or any(not method.uses_gradient for method in plain)
+        running = Running(self.explainer.compile_mode, self.explainer.checkpoint, keep_attention)
+        with Tap(self.anatomy, request, self.explainer.backend, running) as tap:
             output = self.set_output(tap.forward(self.inputs))
             trace = self._trace(tap)
             if plain:
@@ -332,6 +399,7 @@ class _Run:
             input_gradient=any(method.uses_input_gradient for method in plain),
             attention_input_gradient=any(method.uses_attention_input_gradient for method in plain),
             keep_reads=any(method.uses_reads for method in plain),
+            head_rows=self.rows is None and all(method.reads_head_rows for method in plain + recorded),
             branches=any(method.uses_branches for method in plain),
             observers=tuple(method for method in plain if method.observes),
         )
@@ -390,7 +458,13 @@ class _Run:
             first_block = min(method.first_block(len(self.anatomy.blocks)) for method in methods)
             to_inputs = any(method.to_inputs for method in methods)
             with RelevanceTap(
-                self.anatomy, rules, first_block=first_block, to_inputs=to_inputs, backend=self.explainer.backend, dtype=dtype
+                self.anatomy,
+                rules,
+                first_block=first_block,
+                to_inputs=to_inputs,
+                backend=self.explainer.backend,
+                dtype=dtype,
+                checkpoint=self.explainer.checkpoint,
             ) as tap:
                 output = self.set_output(tap.forward(self.inputs))
                 self.output = self.output.to(next(self.anatomy.model.parameters()).dtype)
@@ -416,6 +490,13 @@ class _Run:
             for method in methods:
                 for target in self.targets:
                     self.add(method, method.values(self.anatomy, self.inputs, target))
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A switch, which is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}: expected True or False, received {value!r}")
+    return value
 
 
 def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import InputError
 from .heatmap import as_photo, blend, colorize, upsample
 
+TENSORS = ("maps", "target", "logits", "prefix_values", "contribution")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -47,6 +48,11 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.maps)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of it by the attribute's name; without those that are None."""
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def to_image(self, size: int | tuple[int, int]) -> Tensor:
         """Maps up-sampled bilinearly to ``size`` (an int, or height and width): (B, h, w) or (B, K, h, w).
@@ -122,10 +128,8 @@ class Explanation:
         return heat if heat.dim() == 2 else heat[target_index]
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        tensors = {name: getattr(self, name) for name in ("maps", "target", "logits", "prefix_values", "contribution")}
         arrays = {
             name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-            for name, tensor in tensors.items()
-            if tensor is not None
+            for name, tensor in self.tensors().items()
         }
         return {"method": np.array(self.method), **arrays}

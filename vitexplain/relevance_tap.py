@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from .fused_attention import attention_forward
 from .kernels import relevance_backward
 from .models import Anatomy, BlockAnatomy
 from .rules import RuleMode, divide
-from .tap import BlockTrace, Request, SdpaMode, Tap
+from .tap import BlockTrace, Request, Running, SdpaMode, Tap
 
 
 @dataclass
@@ -106,6 +107,7 @@ class RelevanceTap(Tap):
         to_inputs: relevance goes on below block 0: to the images' pixels, or, for conservative rules, to its input tokens.
         backend: for kernels.
         dtype: float32 or float64, of the whole pass.
+        checkpoint: blocks keep their input alone, and are run again when relevance reaches them.
     """
 
     def __init__(
@@ -117,13 +119,17 @@ class RelevanceTap(Tap):
         to_inputs: bool = False,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
+        checkpoint: bool = False,
     ) -> None:
         self.rules, self.backend = rules, backend
         model_dtype = next(anatomy.model.parameters()).dtype
         self.dtype = torch.float64 if torch.float64 in (dtype, model_dtype) else dtype
         self.conservative = rules == "conservative"
         super().__init__(
-            anatomy, Request(first_block=first_block, gradient=True, input_gradient=to_inputs and self.conservative), backend
+            anatomy,
+            Request(first_block=first_block, gradient=True, input_gradient=to_inputs and self.conservative, head_rows=True),
+            backend,
+            Running(checkpoint=checkpoint),
         )
         self.mode = RuleMode(rules, self._attention, self.dtype)
         self.to_pixels = to_inputs and not self.conservative
@@ -143,16 +149,23 @@ class RelevanceTap(Tap):
         if self.to_pixels:
             inputs = inputs.clone().requires_grad_()
         output = super().forward(inputs)
-        if self.mode.changed_in_place and not unseen(output.device):
-            self._expect_the_same(output, given)
+        if self.mode.changed_in_place:
+            self._expect_the_same(output, lambda: self.anatomy.run(given))
         if self.to_pixels:
             self.leaves = [inputs]
         return output
 
-    def _expect_the_same(self, output: Tensor, inputs: Any) -> None:
+    def _check_again(self, run: Callable[[], Any], out: Tensor) -> None:
+        if self.mode.changed_in_place:
+            self._expect_the_same(out, run)
+
+    def _expect_the_same(self, output: Tensor, run: Callable[[], Any]) -> None:
         """Rules compute a new tensor for ``x += y``; a model that says ``x.add_(y)`` and goes on with x would lose y."""
+        if unseen(output.device):
+            return
         with torch.no_grad():
-            plain = self.anatomy.run(inputs)
+            plain = run()
+        plain = plain[0] if isinstance(plain, tuple) else plain
         if float((output.detach() - plain).abs().max()) > 0.02 * float(plain.abs().max()):
             raise UnsupportedModelError(
                 "layer-wise relevance propagation: expected a model that computes new tensors, received one that changes one "

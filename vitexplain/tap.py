@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .checkpoint import Checkpointed
+from .compiled import forward_replaced, reported, reporting, run_compiled
 from .errors import UnsupportedModelError
 from .fused_attention import attention_backward, attention_forward, leading_rows_backward
 from .models import Anatomy, BlockAnatomy
@@ -32,6 +34,7 @@ class BlockTrace:
         anatomy: the block's modules.
         is_last: whether it is the model's last block.
         backend: for kernels that work on this block.
+        called: whether its attention was called.
         query, key, value: (B, H, n, dh), as they reached the attention.
         logsumexp: (B, H, n).
         scale: factor of the scores.
@@ -50,6 +53,7 @@ class BlockTrace:
     anatomy: BlockAnatomy
     is_last: bool
     backend: str
+    called: bool = False
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -90,6 +94,7 @@ class Request:
         input_gradient: the gradient of each block's input is wanted too, down to ``first_block``'s.
         keep_reads: keep the rows that the head reads of each block's input and attention output.
         attention_input_gradient: the gradient of what the last block's attention module is called with is wanted.
+        head_rows: of the last block's attention nothing is wanted but the rows that the head reads.
         branches: observers want y and f, so that the residual branches must be readable apart.
         observers: run after each block.
     """
@@ -99,8 +104,24 @@ class Request:
     input_gradient: bool = False
     attention_input_gradient: bool = False
     keep_reads: bool = False
+    head_rows: bool = False
     branches: bool = False
     observers: tuple[Observer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model's blocks are run while they are explained.
+
+    Attributes:
+        compile_mode: of ``torch.compile``, or None.
+        checkpoint: blocks keep their input alone, and are run again when the gradient reaches them.
+        keep_attention: also with ``checkpoint``, query, key and value of every block are kept until the end.
+    """
+
+    compile_mode: str | None = None
+    checkpoint: bool = False
+    keep_attention: bool = False
 
 
 class GradientListener(Protocol):
@@ -166,18 +187,63 @@ class SdpaMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            result = self.handler(*args, **kwargs)
-            if result is not None:
-                return result
-        elif func is F.multi_head_attention_forward:
-            with self:
-                return multi_head_attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
+            return _intercepted(self, func, args, kwargs)
         return self.other(func, args, kwargs)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Any other call."""
         return func(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _intercepted(mode: SdpaMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call of attention. Where a block is being compiled, its code ends before this and goes on after it."""
+    if func is F.multi_head_attention_forward:
+        with mode:
+            return multi_head_attention(*args, **kwargs)
+    result = mode.handler(*args, **kwargs)
+    return mode.other(func, args, kwargs) if result is None else result
+
+
+class _BlockCall:
+    """A call of a checkpointed block; see ``checkpoint.Call``."""
+
+    def __init__(
+        self, tap: Tap, block: BlockTrace, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.tap, self.block, self.run, self.args, self.kwargs = tap, block, run, args, kwargs
+        self.device = first_input(args, kwargs).device.type
+        self.autocast = {
+            "dtype": torch.get_autocast_dtype(self.device), "enabled": torch.is_autocast_enabled(self.device)
+        }  # fmt: skip
+        self.rest: tuple[Any, ...] | None = None
+
+    def first(self, tokens: Tensor) -> Tensor:
+        out = self._called(tokens, report=self.tap.request.branches)
+        self.rest = out[1:] if isinstance(out, tuple) else None
+        return out[0] if isinstance(out, tuple) else out
+
+    def again(self, tokens: Tensor) -> Tensor:
+        self.block.called = False
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device, **self.autocast))  # of the forward; this may be another thread
+            stack.enter_context(self.tap._mode())
+            if not self.tap._compiles(self.block):
+                self.tap._hook_inside(self.block, stack)
+            out = self._called(tokens, report=False)
+        out = out[0] if isinstance(out, tuple) else out
+        self.tap._check_again(lambda: self.run(*self.args, **self.kwargs), out)
+        return out
+
+    def release(self) -> None:
+        self.tap._release(self.block)
+
+    def _called(self, tokens: Tensor, *, report: bool) -> Any:
+        args, kwargs = with_first_input(tokens, self.args, self.kwargs)
+        if self.tap._compiles(self.block):
+            return self.tap._run_compiled(self.block, self.run, args, kwargs, report=report)
+        return self.run(*args, **kwargs)
 
 
 class Tap:
@@ -187,9 +253,10 @@ class Tap:
     exit, also after an exception, every flag is as it was.
     """
 
-    def __init__(self, anatomy: Anatomy, request: Request, backend: str = "auto") -> None:
+    def __init__(self, anatomy: Anatomy, request: Request, backend: str = "auto", running: Running | None = None) -> None:
         self.anatomy = anatomy
         self.request = request
+        self.running = running or Running()
         last = len(anatomy.blocks) - 1
         self.blocks = [BlockTrace(index, block, index == last, backend) for index, block in enumerate(anatomy.blocks)]
         self.listener: GradientListener | None = None
@@ -274,7 +341,7 @@ class Tap:
         if block is None or block.index < self.request.first_block:
             return None
         where = f"block {block.index} ({type(block.anatomy.block).__name__})"
-        if block.query is not None:
+        if block.called:
             raise UnsupportedModelError(f"{where}: expected one attention call a block, received a second one")
         if dropout_p > 0:
             raise UnsupportedModelError(f"{where}: expected attention without dropout, received dropout_p={dropout_p}")
@@ -282,13 +349,19 @@ class Tap:
             raise UnsupportedModelError(f"{where}: expected query (B, H, n, dh), received shape {tuple(query.shape)}")
         if enable_gqa:  # every key head serves a group of query heads
             key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        block.called = True
         query, key, value = _autocast(query, key, value)
         block.valid_tokens = self.valid_tokens
         if self.valid_tokens is not None:  # nobody attends to padding; without values it has no gradient of the map either
             value = value * self.valid_tokens[:, None, :, None].to(value.dtype)
         block.mask = _mask(attn_mask, key) if not is_causal else _causal(query, key)
         block.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return self._tapped(query, key, value, block)
+        rows = self.rows_read_of(block)
+        if rows is None or self.request.branches or not self.request.head_rows:
+            return self._tapped(query, key, value, block)
+        block.mask = block.mask_of_rows(rows)
+        out = self._tapped(query[:, :, :rows], key, value, block)
+        return F.pad(out, (0, 0, 0, query.shape[2] - rows))  # nobody reads the other tokens
 
     def _tapped(self, query: Tensor, key: Tensor, value: Tensor, block: BlockTrace) -> Tensor:
         out = TappedAttention.apply(query, key, value, self.anchor, self, block)
@@ -305,6 +378,51 @@ class Tap:
             self.pooling_attention = scores.softmax(-1).mean((1, 2))
         return None
 
+    # -- other ways to run a block -----------------------------------------------------------------------------------
+
+    def _compiles(self, block: BlockTrace) -> bool:
+        """Not where the last block is run on the rows alone that the head reads, or a gradient is asked for inside it."""
+        special = self._narrows(block) or (block.is_last and self.request.attention_input_gradient)
+        return self.running.compile_mode is not None and block.index >= self.request.first_block and not special
+
+    def _checkpoints(self, block: BlockTrace) -> bool:
+        """Not the last block, whose gradient is wanted as soon as it has run."""
+        wanted = self.running.checkpoint and self.request.gradient
+        return wanted and block.index >= self.request.first_block and not block.is_last
+
+    def _run(self, block: BlockTrace, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In the place of the block's forward."""
+        if not self._checkpoints(block):
+            return self._run_compiled(block, run, args, kwargs, report=self.request.branches)
+        call = _BlockCall(self, block, run, args, kwargs)
+        out = Checkpointed.apply(first_input(args, kwargs), self.anchor, call)
+        return out if call.rest is None else (out, *call.rest)
+
+    def _run_compiled(
+        self, block: BlockTrace, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, report: bool
+    ) -> Any:
+        branches = block.anatomy.branches
+        with ExitStack() as stack:
+            if report:
+                stack.enter_context(reporting(branches.mlp_input, branches.mlp_output))
+            self._set_current(block)
+            stack.callback(self._set_current, None)
+            out = run_compiled(run, self.running.compile_mode, args, kwargs)
+        if report:
+            block.mid_tokens, mlp_out = reported(branches.mlp_input), reported(branches.mlp_output)
+            if mlp_out is not None:
+                self._leave_mlp(block, mlp_out)
+        return out
+
+    def _check_again(self, run: Callable[[], Any], out: Tensor) -> None:
+        """Look at what a block returned when it was run again."""
+
+    def _release(self, block: BlockTrace) -> None:
+        """Let go of what is made anew when the block is run again."""
+        if not self.running.keep_attention:
+            block.query = block.key = block.value = block.logsumexp = None
+        block.tokens = block.mid_tokens = block.mlp_out = None
+
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _hook_block(self, block: BlockTrace, stack: ExitStack) -> None:
@@ -315,6 +433,18 @@ class Tap:
                 lambda _, args, kwargs: self._enter_block(block, args, kwargs), with_kwargs=True
             )
             _attach(stack, enter)
+        if self._compiles(block) or self._checkpoints(block):
+            run = anatomy.block.forward
+            stack.enter_context(forward_replaced(anatomy.block, lambda *args, **kwargs: self._run(block, run, args, kwargs)))
+        if not self._compiles(block):
+            self._hook_inside(block, stack)
+        if self.request.observers:
+            _attach(stack, anatomy.block.register_forward_hook(lambda *_: self._observe(block)))
+        if self._checkpoints(block):
+            _attach(stack, anatomy.block.register_forward_hook(lambda *_: self._release(block)))
+
+    def _hook_inside(self, block: BlockTrace, stack: ExitStack) -> None:
+        anatomy = block.anatomy
         if block.index >= self.request.first_block:
             enter = anatomy.attention.register_forward_pre_hook(
                 lambda _, args, kwargs: self._enter_attention(block, args, kwargs), with_kwargs=True
@@ -325,8 +455,6 @@ class Tap:
             branches = anatomy.branches
             _attach(stack, branches.mlp_input.register_forward_pre_hook(lambda _, args: self._enter_mlp(block, args)))
             _attach(stack, branches.mlp_output.register_forward_hook(lambda _m, _i, out: self._leave_mlp(block, out)))
-        if self.request.observers:
-            _attach(stack, anatomy.block.register_forward_hook(lambda *_: self._observe(block)))
 
     def _hook_pool(self, pool: nn.Module, stack: ExitStack) -> None:
         def set_pool(active: bool) -> None:
@@ -407,7 +535,7 @@ class Tap:
         return F.pad(out, (0, 0, 0, block.mid_tokens.shape[1] - out.shape[1]))
 
     def _expect_attention(self, block: BlockTrace) -> None:
-        if block.query is None and block.index >= self.request.first_block:
+        if not block.called and block.index >= self.request.first_block:
             name = type(block.anatomy.attention).__name__
             raise UnsupportedModelError(
                 f"block {block.index}: expected its attention ({name}) to call F.scaled_dot_product_attention once, "

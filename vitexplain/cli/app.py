@@ -53,7 +53,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def guarded(work: Any) -> None:
     """Run; known errors become one line on standard error and exit code 1."""
-    from ..errors import ExplanationError
+    from ..errors import ExplanationError, is_out_of_memory
 
     try:
         work()
@@ -63,9 +63,9 @@ def guarded(work: Any) -> None:
         complain(str(error))
         raise typer.Exit(1) from error
     except (RuntimeError, MemoryError) as error:
-        message = next(iter(str(error).strip().splitlines()), "out of memory" if isinstance(error, MemoryError) else "")
-        if "memory" not in message:  # a defect of ours: let it be seen whole
+        if not is_out_of_memory(error):  # a defect of ours: let it be seen whole
             raise
+        message = next(iter(str(error).strip().splitlines()), "out of memory")
         complain(f"{message} (a smaller --batch needs less)")
         raise typer.Exit(1) from error
     except BrokenPipeError:  # the reader of our output went away

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import InputError
-from .compute import BatchExplainer, deterministic, is_out_of_memory
+from ..errors import InputError, is_out_of_memory
+from .compute import BatchExplainer, deterministic
 from .settings import Plan
 
 LARGEST = {"cpu": 64, "cuda": 1024}

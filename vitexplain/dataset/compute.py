@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..cuda_graphs import CapturedCall
+from ..errors import InputError, is_out_of_memory
 from ..explainer import Explainer
 from ..explanation import Explanation
 from ..loading import LoadedModel, in_dtype
 from ..messages import brief
 from ..methods import CaptumMethod, Method
 
-_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
 _LARGEST_EXPONENT = 126  # of a scale: its inverse must be a normal float32, too
 
 
@@ -132,11 +132,8 @@ class BatchExplainer:
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (model.mean, model.std)
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._static: tuple[Tensor, Tensor | None, dict[str, Tensor]] | None = None
-        on_gpu = self.device.type == "cuda"
-        self._copying = torch.cuda.Stream(self.device) if on_gpu else None
-        self._capturing = torch.cuda.Stream(self.device) if on_gpu else None  # torch's own one belongs to one device
+        self._captured: CapturedCall | None = None
+        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._last: float | torch.cuda.Event | None = None
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event | None]] = []
 
@@ -173,11 +170,11 @@ class BatchExplainer:
         for tensor in (photos, classes):
             if tensor is not None:
                 tensor.record_stream(main)
-        if self.graphed and self._graph is None:
+        if self.graphed and self._captured is None:
             self._capture(photos, classes)
         started, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         started.record(main)
-        outputs = self._replay(photos, classes) if self.graphed else self._outputs(photos, classes)
+        outputs = (self._captured if self.graphed else self._outputs)(photos, classes)
         outputs = {name: self._hand_out(name, tensor) for name, tensor in outputs.items()}
         done.record(main)
         self._timed.append((started, done, self._last))
@@ -236,34 +233,15 @@ class BatchExplainer:
 
     # -- the graph -----------------------------------------------------------------------------------------------------
 
-    def _replay(self, photos: Tensor, classes: Tensor | None) -> dict[str, Tensor]:
-        static_photos, static_classes, outputs = self._static
-        static_photos.copy_(photos)
-        if static_classes is not None:
-            static_classes.copy_(classes)
-        self._graph.replay()
-        return outputs
-
     def _capture(self, photos: Tensor, classes: Tensor | None) -> None:
         """Capture the explanation of a batch of this shape; where the model or a method cannot be captured, do without."""
-        static_photos, static_classes = photos.clone(), None if classes is None else classes.clone()
-        self._capturing.wait_stream(torch.cuda.current_stream(self.device))
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(self._capturing):
-                self._outputs(static_photos, static_classes)  # compiles and chooses what it needs
-                with _no_synchronisation():
-                    self._outputs(static_photos, static_classes)
-            torch.cuda.current_stream(self.device).wait_stream(self._capturing)
-            with torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local"):
-                outputs = self._outputs(static_photos, static_classes)
+            self._captured = CapturedCall(self._outputs, (photos, classes), self.device)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             warnings.warn(f"explanations are not replayed from a CUDA graph: {brief(error)}", stacklevel=2)
             self.graphed = False
-            return
-        self._graph, self._static = graph, (static_photos, static_classes, outputs)
 
     # -- its own speed -------------------------------------------------------------------------------------------------
 
@@ -312,25 +290,6 @@ def deterministic(device: torch.device, *, enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
         torch.utils.deterministic.fill_uninitialized_memory = filling
-
-
-@contextmanager
-def _no_synchronisation() -> Iterator[None]:
-    """Refuse, with a RuntimeError, what waits for the GPU: it could not be captured."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was wanting, on a GPU or on the host, where torch has no error of its own for it."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(said in text for said in _OUT_OF_MEMORY)
-    )
 
 
 def _by_captum(methods: Mapping[str, Method]) -> bool:

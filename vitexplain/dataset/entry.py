@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 from ..loading import LoadedModel, dtype_named
 from ..messages import brief, differences
 from ..methods import MethodChoice, methods_from_texts
 from ..processes import start_early
 from ..sources import Source, open_source
 from .auto_batch import Measured, best_batch, try_one_batch
-from .compute import BatchExplainer, deterministic, is_out_of_memory
+from .compute import BatchExplainer, deterministic
 from .engine import Engine, Tally
 from .ranks import Ranks
 from .settings import Plan, checked_count

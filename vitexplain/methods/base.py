@@ -39,6 +39,7 @@ class Method(HasOptions):
         uses_input_gradient: needs the gradient of each block's input.
         uses_attention_input_gradient: needs the gradient of what the last block's attention is called with.
         uses_reads: needs the rows that the head reads of each block.
+        reads_head_rows: of the last block's attention it reads the rows alone that the head reads, so that others need not be.
         uses_branches: observes y and f, so that residual branches must be readable apart.
         observes: ``observe`` computes something while a block runs.
         is_chain: the map is one row of a product of update maps, so that all rows can be asked for.
@@ -55,6 +56,7 @@ class Method(HasOptions):
     uses_input_gradient: ClassVar[bool] = False
     uses_attention_input_gradient: ClassVar[bool] = False
     uses_reads: ClassVar[bool] = False
+    reads_head_rows: ClassVar[bool] = False
     uses_branches: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     is_chain: ClassVar[bool] = False
@@ -135,6 +137,7 @@ class ChainMethod(Method):
     """A method whose map is one row of a product of update maps: it says what the map of a block is."""
 
     is_chain: ClassVar[bool] = True
+    reads_head_rows: ClassVar[bool] = True
 
     @abstractmethod
     def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:

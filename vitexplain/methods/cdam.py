@@ -27,6 +27,7 @@ class CDAM(Method):
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
     uses_attention_input_gradient: ClassVar[bool] = True
+    reads_head_rows: ClassVar[bool] = True
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)

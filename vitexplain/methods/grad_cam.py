@@ -25,6 +25,7 @@ class GradCAM(Method):
     cost: ClassVar[str] = "forward + backward of the head and the last MLP"
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
+    reads_head_rows: ClassVar[bool] = True
 
     def first_block(self, num_blocks: int) -> int:
         return num_blocks - 1

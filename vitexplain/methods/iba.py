@@ -59,6 +59,7 @@ class IBA(Method):
     cost: ClassVar[str] = "forward; for mean- and attention-pooled heads also a backward inside each block"
     uses_target: ClassVar[bool] = True
     uses_reads: ClassVar[bool] = True
+    reads_head_rows: ClassVar[bool] = True
 
     relevance: str = option(
         "gradient", "how a block's relevance to the class weighs its map", choices=("gradient", "gain", "probability", "uniform")

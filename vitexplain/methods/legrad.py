@@ -38,6 +38,7 @@ class LeGrad(Method):
     cost: ClassVar[str] = "forward; for mean- and attention-pooled heads also a backward inside each block"
     uses_target: ClassVar[bool] = True
     uses_reads: ClassVar[bool] = True
+    reads_head_rows: ClassVar[bool] = True
 
     def start(self, trace: Trace, target: Target) -> _Walk:
         return _Walk(target, torch.zeros_like(trace.start_rows))

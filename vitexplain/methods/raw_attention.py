@@ -20,6 +20,7 @@ class RawAttention(Method):
     title: ClassVar[str] = "Raw attention"
     paper: ClassVar[str] = "the last block's attention, a baseline since Attention Is All You Need (NeurIPS 2017)"
     cost: ClassVar[str] = "forward"
+    reads_head_rows: ClassVar[bool] = True
 
     def first_block(self, num_blocks: int) -> int:
         return num_blocks - 1

@@ -30,6 +30,7 @@ class TransformerAttribution(Method):
     uses_gradient: ClassVar[bool] = True
     uses_target: ClassVar[bool] = True
     rules: ClassVar[str | None] = "normalised"
+    reads_head_rows: ClassVar[bool] = True
 
     start_block: int = option(0, "first block of the product", minimum=0)
     precision: str = precision_option()

@@ -1,0 +1,93 @@
+"""The ways to run an explanation fast, on a real GPU: CUDA graphs, compiled blocks, checkpointing, nothing that waits."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitexplain
+from vitexplain import InputError, UnsupportedModelError
+from vitexplain.cuda_graphs import _no_synchronisation
+from vitexplain.methods import own_methods
+from vitexplain.testing import relative_error
+
+from .conftest import MODEL_SHAPES, build_model, images_for
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = ("class_token_n17", "mean_pooling", "attention_pooling")
+PLAIN = [name for name in own_methods() if name not in ("lrp", "partial_lrp", "conservative_lrp", "transformer_attribution")]
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # TF32-free sums in another order; bfloat16 rounds at 4e-3
+
+
+def _model_and_images(shape: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    model = build_model(**MODEL_SHAPES[shape])
+    images = images_for(model, 2).to("cuda", dtype)
+    return model.to("cuda", dtype), images
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"cuda_graph": True}, {"compile": True}, {"compile": True, "cuda_graph": True}, {"checkpoint": True},
+     {"checkpoint": True, "compile": True, "cuda_graph": True}],
+    ids=lambda options: "+".join(options),
+)  # fmt: skip
+def test_every_way_gives_the_same_maps(shape: str, dtype: torch.dtype, options: dict[str, bool]) -> None:
+    model, images = _model_and_images(shape, dtype)
+    plain = vitexplain.Explainer(model, PLAIN)
+    other = vitexplain.Explainer(model, PLAIN, **options)
+    for factor, target in ((1.0, None), (0.5, None), (1.0, [1, 2])):
+        expected, found = plain.attribute(factor * images, target), other.attribute(factor * images, target)
+        for name in PLAIN:
+            assert relative_error(found[name].maps, expected[name].maps) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"checkpoint": True}], ids=["plain", "compile", "checkpoint"])
+def test_without_checks_nothing_waits_for_the_gpu(options: dict[str, bool]) -> None:
+    model, images = _model_and_images("class_token_n17", torch.bfloat16)
+    explainer = vitexplain.Explainer(model, PLAIN, **options)
+    target = torch.tensor([1, 2], device="cuda")
+    explainer.attribute(images, target)
+    with _no_synchronisation():
+        explainer.attribute(images, target, check_values=False)
+
+
+def test_replayed_calls_wait_for_nothing_and_check_at_the_end() -> None:
+    model, images = _model_and_images("class_token_n17")
+    explainer = vitexplain.Explainer(model, "tokentm", cuda_graph=True)
+    explainer.attribute(images)
+    with _no_synchronisation():
+        explainer.attribute(images, check_values=False)
+    for wrong in (images * float("nan"), images.sign() * 3e38):
+        with pytest.raises(InputError, match="expected finite"):
+            explainer.attribute(wrong)
+    with pytest.raises(InputError, match="expected classes 0 to"):
+        explainer.attribute(images, torch.tensor([0, 99], device="cuda"))
+    assert torch.isfinite(explainer.attribute(images).maps).all(), "the device is still there"
+
+
+def test_a_model_that_waits_is_refused_a_graph() -> None:
+    model, images = _model_and_images("class_token_n17")
+    model.blocks[0].register_forward_hook(lambda _m, _i, out: out if float(out.sum()) < 0 else out)
+    with pytest.raises(UnsupportedModelError, match="cannot be captured"):
+        vitexplain.explain(model, images, cuda_graph=True)
+    assert torch.isfinite(vitexplain.explain(model, images).maps).all()
+
+
+def test_checkpointing_takes_a_fraction_of_the_memory() -> None:
+    model = timm.create_model("vit_small_patch16_224", img_size=512).eval().to("cuda", torch.bfloat16)
+    images = torch.randn(4, 3, 512, 512, device="cuda", dtype=torch.bfloat16)
+    peaks = []
+    for checkpoint in (False, True):
+        explainer = vitexplain.Explainer(model, "tokentm", checkpoint=checkpoint)
+        explainer.attribute(images)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        explainer.attribute(images)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] / 2
