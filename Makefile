@@ -1,6 +1,9 @@
 # make demo   sets everything up and explains a real photo
 # make test   sets everything up and runs the tests (no GPU needed; GPU tests run where there is one)
-# make gpu    on a machine with CUDA and torch: the GPU tests, then the benchmark of every operation and of whole explanations
+# make bench  everything that is measured on a CPU, then the plots and the README's tables
+# make regressions   a few small cases, timed and compared with the last time
+# make gpu    on a machine with CUDA and torch: the GPU tests (make gpu-tests), then the benchmark (make gpu-bench); each within
+#             ten minutes
 # make tune   there: the launch table and the decision between one backward pass and two, by measuring
 # make faithfulness   which method is faithful to its model: the README's tables, on the data beside the repository
 # make aot    anywhere: every kernel compiled ahead of time, and each held to its budget
@@ -10,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := 3.11
 
-.PHONY: demo test browser test-main test-interpreter lint gpu tune aot faithfulness bench readme clean
+.PHONY: demo test browser test-main test-interpreter lint gpu gpu-tests gpu-bench tune aot faithfulness bench regressions readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/vitexplain demo --output vitexplain_demo.png
@@ -39,12 +42,17 @@ lint: $(INSTALLED)
 GPU_BIN := .venv-gpu/bin
 GPU_INSTALLED := .venv-gpu/.installed
 
-gpu: $(GPU_INSTALLED)
+gpu: gpu-tests gpu-bench
+
+gpu-tests: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m pytest -m gpu -n 8 -q
-	$(GPU_BIN)/python -m bench.cost --device cuda --dtype bfloat16 --model vit_base_patch16_224 --batch 64
-	$(GPU_BIN)/python -m bench.first_call
-	$(GPU_BIN)/python -m bench.operations --device cuda
-	$(GPU_BIN)/python -m bench.dataset --device cuda
+
+# The most telling sizes come first; what the budget leaves out is named. CASES="explanations --work tokentm" for a part.
+CASES ?=
+BUDGET ?= 480
+
+gpu-bench: $(GPU_INSTALLED)
+	$(GPU_BIN)/python -m bench run $(CASES) --device cuda --budget $(BUDGET)
 
 tune: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m bench.tune
@@ -63,20 +71,20 @@ aot: $(INSTALLED)
 # The project's own faithfulness tables, from the data beside the repository; it takes hours on a CPU, and goes on where it was.
 faithfulness: $(INSTALLED)
 	$(BIN)/python -m bench.faithfulness
-	$(BIN)/python -m bench.faithfulness --speed
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench table
 
 bench: $(INSTALLED)
-	$(BIN)/python -m bench.cost
-	$(BIN)/python -m bench.memory
-	$(BIN)/python -m bench.operations
-	$(BIN)/python -m bench.dataset
+	$(BIN)/python -m bench run --device cpu
 	$(BIN)/python -m bench.scale
 	$(BIN)/python -m bench.tune --decisions --device cpu
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench plot
+	$(BIN)/python -m bench table
+
+regressions: $(INSTALLED)
+	$(BIN)/python -m pytest tests/bench/test_regressions.py --benchmark-autosave --benchmark-compare
 
 readme: $(INSTALLED)
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench table
 
 $(INSTALLED): pyproject.toml CMakeLists.txt
 	@$(PYTHON) -c "import sys; v = tuple(map(int, '$(MINIMUM)'.split('.'))); sys.exit(sys.version_info < v and 'expected Python >= $(MINIMUM), received ' + sys.version.split()[0])"

@@ -1,27 +1,46 @@
-"""One row per measurement, always with device and versions beside the figure."""
+"""One row per figure, always with device and versions beside it, in one file per device."""
 
 from __future__ import annotations
 
 import csv
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
+import torch
 
 from vitexplain.environment import environment
 
-__all__ = ["RESULTS", "Row", "environment", "read_rows", "spread", "write_rows", "write_table_rows"]
+__all__ = [
+    "NOT_MEASURED", "RESULTS", "Row", "device_name", "devices", "environment", "read_rows", "results_path", "spread",
+    "unmeasured", "update", "write_table_rows",
+]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was measured, on what, with the spread and the environment.
+    """One figure: what was measured, by whom, on what, with the spread and the environment.
 
-    ``p50`` is ``"not measured"`` or ``"out of memory …"`` where there is no figure.
+    Attributes:
+        kind: ``"operation"``, ``"explanation"``, ``"evaluation"`` or ``"data set"``.
+        case: name of the case, as ``python -m bench list`` shows it.
+        work: the piece of work; providers of the same work are asked for the same thing.
+        provider: who did it.
+        model: a timm model, or the form of a layer.
+        batch, tokens, dtype: the size.
+        metric, unit: what the figure is.
+        p20, p50, p80: 20th, 50th and 80th percentile as text; ``p50`` is ``"not measured"``, ``"out of memory …"`` or another
+            reason where there is no figure.
+        repeats: number of samples.
     """
 
+    kind: str
     case: str
+    work: str
     provider: str
     model: str
     batch: int
@@ -37,6 +56,28 @@ class Row:
     threads: int
     versions: str
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is a figure."""
+        try:
+            float(self.p50)
+        except ValueError:
+            return False
+        return True
+
+    @property
+    def value(self) -> float:
+        """The median; NaN where there is no figure."""
+        return float(self.p50) if self.measured else float("nan")
+
+    @property
+    def line(self) -> tuple[object, ...]:
+        """Everything but the figure: rows of one line are replaced together."""
+        return (self.case, self.work, self.provider, self.model, self.batch, self.tokens, self.dtype)
+
+
+_COUNTS = tuple(field.name for field in fields(Row) if field.type == "int")
+
 
 def spread(samples: list[float]) -> dict[str, object]:
     """20th, 50th and 80th percentile of the samples."""
@@ -46,25 +87,62 @@ def spread(samples: list[float]) -> dict[str, object]:
     return {"p20": f"{tenths[1]:.4g}", "p50": f"{tenths[4]:.4g}", "p80": f"{tenths[7]:.4g}", "repeats": len(samples)}
 
 
-def write_rows(path: Path, rows: list[Row]) -> Path:
-    """Write measurements with a header; replaces what was there."""
+def unmeasured(reason: str = NOT_MEASURED) -> dict[str, object]:
+    """In the place of ``spread``: why there is no figure."""
+    return {"p20": "", "p50": reason, "p80": "", "repeats": 0}
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or the GPU's name as a folder's."""
+    if device.type == "cpu":
+        return "cpu"
+    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+
+
+def devices() -> list[str]:
+    """Devices there are results of."""
+    return sorted(path.parent.name for path in RESULTS.glob("*/benchmark.csv"))
+
+
+def results_path(name: str) -> Path:
+    """Where a device's figures are kept; ``name`` as ``device_name`` gives it."""
+    return RESULTS / name / "benchmark.csv"
+
+
+def update(path: Path, rows: Iterable[Row]) -> Path:
+    """Put figures into a file: a line that was there already is replaced where it stands, with all its metrics."""
+    made: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        made.setdefault(row.line, []).append(row)
+    kept: dict[tuple[object, ...], list[Row]] = {}
+    for row in read_rows(path) if path.exists() else ():
+        kept.setdefault(row.line, []).append(row)
+    ordered = sorted((kept | made).values(), key=lambda line: (line[0].kind, line[0].case))  # stable: sizes as they came
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_table_rows(path, [asdict(row) for row in rows])
+    return write_table_rows(path, [asdict(row) for line in ordered for row in line])
 
 
 def write_table_rows(path: Path, rows: list[dict[str, object]]) -> Path:
-    """Write a CSV with a header; replaces what was there."""
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+    """Write a CSV with a header; replaces what was there, all at once."""
+    beside = path.with_suffix(".partial")
+    with beside.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return path
+    return beside.replace(path)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV written by ``write_rows``."""
+def read_rows(path: Path, **wanted: object) -> list[Row]:
+    """The rows of a file whose fields have the given values; none where there is no such file."""
+    if not path.exists():
+        return []
     with path.open(newline="") as stream:
-        counts = ("batch", "tokens", "repeats", "threads")
-        return [
-            Row(**{name: int(text) if name in counts else text for name, text in row.items()}) for row in csv.DictReader(stream)
+        rows = [
+            Row(**{name: int(text) if name in _COUNTS else text for name, text in row.items()}) for row in csv.DictReader(stream)
         ]
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+def blank(row: Row, device: str) -> Row:
+    """The same line for a device that is not at hand."""
+    return replace(row, **unmeasured(), device=device, threads=0, versions=NOT_MEASURED)

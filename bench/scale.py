@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from .dataset import CASES, PHOTO_QUALITY, PHOTO_SIZE, STORED, results_path
-from .operations import NOT_MEASURED
-from .record import RESULTS, Row, read_rows
+from .cases.data_sets import STAGES, STREAM
+from .data_set_runs import PHOTO_QUALITY, PHOTO_SIZE, RUNS, STORED
+from .record import NOT_MEASURED, Row, devices, read_rows, results_path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 IMAGENET_21K = 14_197_122  # images of the winter 2021 release
@@ -29,8 +29,10 @@ Figures = dict[tuple[str, str], float]
 
 def page() -> str:
     """The whole page."""
-    stages = read_rows(results_path("cpu", "stages"))
-    found = {(row.provider, row.metric): float(row.p50) for row in stages}
+    stages = read_rows(results_path("cpu"), case="data_sets", dtype=STAGES)
+    if not stages:
+        raise SystemExit("no figures of the stages: run python -m bench run data_sets")
+    found = {(row.work, row.metric): row.value for row in stages}
     first = stages[0]
     parts = [
         "# What a very large data set takes",
@@ -39,7 +41,7 @@ def page() -> str:
         "",
         "An explanation of a data set is a pipe of four stages that work at the same time: reading encoded photos, decoding "
         "them, explaining them, writing maps. The slowest one decides. Each was measured by itself; the rest of this page is "
-        "multiplication. `python -m bench.dataset` measures, `python -m bench.scale` writes this page.",
+        "multiplication. `python -m bench run data_sets` measures, `python -m bench.scale` writes this page.",
         "",
         f"Measured on: {first.device}; {first.versions}.",
         "",
@@ -168,8 +170,11 @@ def run_table() -> list[str]:
         "| | images/s | of the bare loop | waited for data | memory at 10 % | memory at 90 % | bytes an image, maps + index |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in CASES:
+    for name in RUNS:
         found = _run(name)
+        if "images" not in found:
+            lines.append(f"| {name} | " + " | ".join([NOT_MEASURED, *"–––––"]) + " |")
+            continue
         maps, index = (float(found[f"bytes of {what} an image"].p50) for what in ("maps", "index"))
         first, workers = found["images"], float(found["workers"].p50)
         how = f"{first.dtype}, batch {first.batch}, {first.threads} threads, {workers:.0f} decoding"
@@ -183,12 +188,12 @@ def run_table() -> list[str]:
 
 
 def _run(name: str) -> dict[str, Row]:
-    return {row.metric: row for row in read_rows(results_path("cpu", name))}
+    return {row.metric: row for row in read_rows(results_path("cpu"), case="data_sets", work=name)}
 
 
 def _gpu_rows(metric: str) -> list[Row]:
-    paths = sorted(RESULTS.glob("*/dataset_stream.csv"))
-    return [row for path in paths for row in read_rows(path) if row.metric == metric]
+    paths = map(results_path, devices())
+    return [row for path in paths for row in read_rows(path, work=STREAM, metric=metric) if row.measured]
 
 
 def _what(row: Row) -> str:

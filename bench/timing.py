@@ -1,4 +1,4 @@
-"""Timing of one call: on a GPU by events, with a cold second-level cache; on a CPU by the clock."""
+"""Timing of calls: on a GPU by events, with a cold second-level cache; on a CPU by the clock."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 COLD_CACHE_BYTES = 256 << 20  # more than any second-level cache: written before each sample
 WARM_UP = 3
+LEAST, MOST = 5, 200
 
 
 @cache
@@ -17,14 +18,31 @@ def _cache_filler(device: torch.device) -> torch.Tensor:
     return torch.empty(COLD_CACHE_BYTES, dtype=torch.int8, device=device)
 
 
-def samples_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.25, least: int = 5) -> list[float]:
+def samples_ms(call: Callable[[], object], device: torch.device, seconds: float = 0.25, least: int = LEAST) -> list[float]:
     """Milliseconds of single calls, after a warm-up, for about ``seconds`` and at least ``least`` of them."""
-    for _ in range(WARM_UP if device.type == "cuda" else 1):
-        call()
+    return interleaved_ms([call], device, seconds, least)[0]
+
+
+def interleaved_ms(
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 0.25, least: int = LEAST
+) -> list[list[float]]:
+    """Milliseconds of each call, taken in turns, so that a drift of the machine hits all alike; after a warm-up.
+
+    Args:
+        calls: what is timed.
+        device: where they work.
+        seconds: for which rounds go on, all calls together.
+        least: rounds at least.
+    """
     one = cuda_sample if device.type == "cuda" else cpu_sample
-    samples = [one(call, device)]
-    wanted = max(least, min(200, int(1e3 * seconds / max(samples[0], 1e-3))))
-    samples += [one(call, device) for _ in range(wanted - 1)]
+    for call in calls:
+        for _ in range(WARM_UP if device.type == "cuda" else 1):
+            call()
+    samples: list[list[float]] = [[one(call, device)] for call in calls]
+    rounds = max(least, min(MOST, int(1e3 * seconds / max(sum(first[0] for first in samples), 1e-3))))
+    for _ in range(rounds - 1):
+        for call, taken in zip(calls, samples, strict=True):
+            taken.append(one(call, device))
     return samples
 
 
@@ -44,17 +62,3 @@ def cpu_sample(call: Callable[[], object], device: torch.device) -> float:  # no
     started = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - started)
-
-
-def interleaved_ms(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 0.25) -> list[list[float]]:
-    """Milliseconds of each call, taken in turns, so that a drift of the machine hits all alike; after a warm-up."""
-    one = cuda_sample if device.type == "cuda" else cpu_sample
-    for call in calls:
-        for _ in range(WARM_UP):
-            call()
-    samples: list[list[float]] = [[one(call, device)] for call in calls]
-    rounds = max(5, min(200, int(1e3 * seconds / max(max(first) for first in samples))))
-    for _ in range(rounds - 1):
-        for call, taken in zip(calls, samples, strict=True):
-            taken.append(one(call, device))
-    return samples

@@ -13,13 +13,13 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 
 import torch
 
 from vitexplain import kernels
-from vitexplain.fused_attention import attention_backward as library_backward
 from vitexplain.kernels import shipped_variants
 from vitexplain.kernels.aot.budgets import expected_products
 from vitexplain.kernels.aot.compile import compile_variant
@@ -29,7 +29,7 @@ from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_con
 from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, padded_head_dim, read_table, write_table
 from vitexplain.kernels.token_transformation.token_kernel import ANY_WIDTH
 
-from .operations import CPU_SIZES, GPU_SIZES, Layer, Size
+from .layer import CPU_SIZES, GPU_SIZES, Layer, LayerSize, backward_pass, one_pass, relevance, row_pass
 from .record import environment, write_table_rows
 from .timing import interleaved_ms, samples_ms
 
@@ -233,22 +233,6 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
     }
 
 
-def one_pass(layer: Layer) -> object:
-    """Gradients and row at once."""
-    return kernels.attention_backward(
-        layer.query, layer.key, layer.value, layer.out, layer.grad_out, layer.logsumexp, layer.row[:, 0],
-        phi="p_relu_g", scale=layer.scale,
-    )  # fmt: skip
-
-
-def relevance(layer: Layer) -> object:
-    """Relevance of query, key and value, and the row."""
-    return kernels.relevance_backward(
-        layer.query, layer.key, layer.value, layer.ratio, layer.logsumexp,
-        rows=layer.row[:, 0], grad_out=layer.grad_out, scale=layer.scale,
-    )  # fmt: skip
-
-
 def measured_table(wanted: list[str], device: torch.device, seconds: float) -> Iterator[TableRow]:
     """Rows of this architecture: the fastest candidate at each measured length, which serves up to midway to the next."""
     where = environment(device)
@@ -257,7 +241,7 @@ def measured_table(wanted: list[str], device: torch.device, seconds: float) -> I
         for head_dim in MEASURED_HEAD_DIMS:
             for tokens, bound in zip(MEASURED_TOKENS, _bounds(), strict=True):
                 batch = max(1, 16384 // tokens if precision == "half" else 4096 // tokens)
-                layer = Layer(Size(batch, 12, tokens, head_dim), dtype, device)
+                layer = Layer(LayerSize(batch, 12, tokens, head_dim), dtype, device)
                 for kernel, call in calls(layer).items():
                     if kernel not in wanted or (kernel == "token_transformation" and head_dim != ANY_WIDTH):
                         continue
@@ -297,14 +281,7 @@ def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.
     for dtype in dtypes:
         for size in sizes:
             layer = Layer(size, dtype, device)
-            inputs = layer.query, layer.key, layer.value, layer.out, layer.state, layer.scale
-            gradient = {"value": layer.value, "grad_out": layer.grad_out}
-            row = {"phi": "p_relu_g", "scale": layer.scale, **gradient}
-            timed = (
-                lambda layer=layer: one_pass(layer),
-                lambda layer=layer, inputs=inputs: library_backward(layer.grad_out, *inputs),
-                lambda layer=layer, row=row: kernels.row_propagation(layer.query, layer.key, layer.logsumexp, layer.row, **row),
-            )
+            timed = [partial(way, layer) for way in (one_pass, backward_pass, row_pass)]
             medians = [statistics.median(samples) for samples in interleaved_ms(timed, device, seconds)]
             decision = choose.Decision(
                 architecture=choose.decision_architecture(device), dtype=str(dtype).removeprefix("torch."),

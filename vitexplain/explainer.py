@@ -23,7 +23,6 @@ from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
     Trace,
     contribution_of_all_rows,
-    recorded_gradients,
     start_rows,
     walk_with_gradient,
     walk_with_relevance,
@@ -383,13 +382,10 @@ class _Run:
         with Tap(self.anatomy, request, self.explainer.backend, running) as tap:
             output = self.set_output(tap.forward(self.inputs))
             trace = self._trace(tap)
-            if plain:
-                walk = self._walk if self.rows is None else self._walk_all_rows
-                walk(plain, tap, trace, output, last=not recorded)
-            if recorded:
-                for number, target in enumerate(self.targets):
-                    last = number == len(self.targets) - 1
-                    self.grad_out.append(recorded_gradients(tap, _scalars(output, target, "logit"), last=last))
+            if self.rows is None:
+                self._walk(plain, tap, trace, output, record=bool(recorded))
+            else:
+                self._walk_all_rows(plain, tap, trace, output)
 
     def _request(self, plain: list[Method], recorded: list[Method]) -> Request:
         num_blocks = len(self.anatomy.blocks)
@@ -413,9 +409,12 @@ class _Run:
             return Trace(self.anatomy, tap.blocks, identity, self.num_tokens)
         return Trace(self.anatomy, tap.blocks, pooling, support)
 
-    def _walk(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, last: bool) -> None:
-        """Values (B, 1, n) of every method, sharing one backward for each target and explained score."""
-        by_score: dict[str, list[Method]] = {}
+    def _walk(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, record: bool) -> None:
+        """Values (B, 1, n) of every method, sharing one backward for each target and explained score.
+
+        ``record``: the gradients of the logits are kept for methods that read them beside relevance.
+        """
+        by_score: dict[str, list[Method]] = {"logit": []} if record else {}
         for method in methods:
             if method.uses_gradient:
                 by_score.setdefault(method.explained_score, []).append(method)
@@ -425,12 +424,14 @@ class _Run:
         passes = [(score, target) for score in by_score for target in self.targets]
         for number, (score, target) in enumerate(passes):
             scalars = _scalars(output, target, score)
-            final = last and number == len(passes) - 1
-            values = walk_with_gradient(tap, trace, by_score[score], scalars, target, last=final)
+            last, recorded = number == len(passes) - 1, {} if record and score == "logit" else None
+            values = walk_with_gradient(tap, trace, by_score[score], scalars, target, last=last, recorded=recorded)
+            if recorded is not None:
+                self.grad_out.append(recorded)
             for method, value in zip(by_score[score], values, strict=True):
                 self.add(method, value)
 
-    def _walk_all_rows(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, last: bool) -> None:
+    def _walk_all_rows(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor) -> None:
         """The whole product (B, n, n) of every method, from the first block up."""
         for method in methods:
             if not method.uses_gradient:
@@ -439,7 +440,8 @@ class _Run:
         passes = [(score, target) for score in scores for target in self.targets]
         for number, (score, target) in enumerate(passes):
             scalars = _scalars(output, target, score)
-            grad_out = recorded_gradients(tap, scalars, last=last and number == len(passes) - 1)
+            grad_out: dict[int, Tensor] = {}
+            walk_with_gradient(tap, trace, [], scalars, target, last=number == len(passes) - 1, recorded=grad_out)
             for method in methods:
                 if method.uses_gradient and method.explained_score == score:
                     self.add(method, contribution_of_all_rows(trace, method, grad_out))

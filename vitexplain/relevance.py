@@ -273,12 +273,16 @@ class ChainMethod(WalkingMethod, Protocol):
 class _BackwardWalk:
     """Listens to one backward and steps every method."""
 
-    def __init__(self, trace: Trace, methods: Sequence[WalkingMethod], target: Target) -> None:
-        self.trace, self.methods = trace, methods
+    def __init__(
+        self, trace: Trace, methods: Sequence[WalkingMethod], target: Target, recorded: dict[int, Tensor] | None
+    ) -> None:
+        self.trace, self.methods, self.recorded = trace, methods, recorded
         self.states = [method.start(trace, target) for method in methods]
         self.first = [method.first_block(trace.num_blocks) for method in methods]
 
     def attention_gradient(self, block: BlockTrace, grad_out: Tensor) -> None:
+        if self.recorded is not None:
+            self.recorded[block.index] = grad_out
         for i, method in enumerate(self.methods):
             if block.index >= self.first[i]:
                 self.states[i] = method.step(self.states[i], self.trace, block, grad_out)
@@ -294,13 +298,23 @@ class _BackwardWalk:
 
 
 def walk_with_gradient(
-    tap: Tap, trace: Trace, methods: Sequence[WalkingMethod], scalars: Tensor, target: Target, *, last: bool
+    tap: Tap,
+    trace: Trace,
+    methods: Sequence[WalkingMethod],
+    scalars: Tensor,
+    target: Target,
+    *,
+    last: bool,
+    recorded: dict[int, Tensor] | None = None,
 ) -> list[Tensor]:
     """One backward of ``scalars`` (B,), one per image; returns (B, R, n) values for each method.
 
-    ``last`` says that no further backward over this forward will follow, so that its graph can go.
+    Args:
+        last: no further backward over this forward will follow, so that its graph can go.
+        recorded: takes the gradient (B, H, n, dv) of every tapped block's attention output, by the block's index: linear in the
+            number of tokens.
     """
-    listener = _BackwardWalk(trace, methods, target)
+    listener = _BackwardWalk(trace, methods, target, recorded)
     tap.listener = listener
     try:
         torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
@@ -315,30 +329,6 @@ def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Target) -
     for block in reversed(trace.blocks[method.first_block(trace.num_blocks) :]):
         state = method.step(state, trace, block, None)
     return method.finish(state, trace)
-
-
-class _Recorder:
-    """Keeps each block's gradient of the attention output, (B, H, n, dv): linear in the number of tokens."""
-
-    def __init__(self) -> None:
-        self.grad_out: dict[int, Tensor] = {}
-
-    def attention_gradient(self, block: BlockTrace, grad_out: Tensor) -> None:
-        self.grad_out[block.index] = grad_out
-
-    def input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None: ...
-    def attention_input_gradient(self, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> None: ...
-
-
-def recorded_gradients(tap: Tap, scalars: Tensor, *, last: bool) -> dict[int, Tensor]:
-    """One backward of ``scalars`` (B,); the gradient of every tapped block's attention output, by the block's index."""
-    recorder = _Recorder()
-    tap.listener = recorder
-    try:
-        torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
-    finally:
-        tap.listener = None
-    return recorder.grad_out
 
 
 def relevant_rows(rows: Rows, attention: AttentionRelevance, grad_out: Tensor | None) -> Tensor:
