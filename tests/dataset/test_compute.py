@@ -234,3 +234,20 @@ def test_settings_tell_all_that_the_maps_depend_on(plan) -> None:
         assert [name for name in settings if settings[name] != changed[name]] == [where]
     assert replace(plan, workers=3, graph=False).settings(4, 16) == settings, "how fast does not matter"
     assert {"vitexplain", "torch", "timm", "pillow", "zarr"} <= set(settings["versions"])
+
+
+def test_blocks_can_be_compiled(demo, plan, monkeypatch) -> None:
+    from vitexplain import compiled
+
+    called: list[str] = []
+    monkeypatch.setattr(compiled, "_compiled", lambda kind, mode: called.append(mode) or kind.forward)
+    made = replace(plan, compile=True)
+    compiled_explainer = BatchExplainer(demo, made.methods, batch=4, **made.how)
+    photos, classes = compiled_explainer.sample_batch()
+    found = compiled_explainer.submit(photos, classes, 4).result()
+    plain = explainer_for(demo).submit(photos, classes, 4).result()
+    assert called, "the blocks went through the compiler"
+    assert torch.equal(found.maps["iba"], plain.maps["iba"])
+    assert made.settings(4, 16) != plan.settings(4, 16), "compiled blocks round otherwise"
+    with pytest.raises(InputError, match="compile: expected True or False"):
+        replace(plan, compile="default")

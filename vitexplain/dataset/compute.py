@@ -102,6 +102,7 @@ class BatchExplainer:
         dtype: element type that the model runs in.
         backend: of ``Explainer``.
         batch: images in every batch, padding included.
+        compile: run the model's blocks as ``torch.compile`` makes them.
         graph: capture the explanation in a CUDA graph where that can be done.
         packed: give maps in half precision with their scales, on the host; else float32, on the device.
 
@@ -119,11 +120,12 @@ class BatchExplainer:
         dtype: torch.dtype,
         backend: str,
         batch: int,
+        compile: bool = False,
         graph: bool = True,
         packed: bool = True,
     ) -> None:
         inside = in_dtype(model.model, dtype)
-        self.explainer = Explainer(inside, methods, backend)
+        self.explainer = Explainer(inside, methods, backend, compile=compile)
         self.device = next(inside.parameters()).device
         self.dtype, self.batch, self.target, self.packed = dtype, batch, target, packed
         self.input_size = model.input_size

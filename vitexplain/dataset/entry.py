@@ -133,6 +133,7 @@ def run(
     workers: int | None = None,
     actors: int | None = None,
     shard: int | None = None,
+    compile: bool = False,
     graph: bool = True,
     deterministic: bool = True,
     overwrite: bool = False,
@@ -155,6 +156,7 @@ def run(
         workers: processes that decode photos for each device; 0 for none; None for a number that suits the machine.
         actors: on Ray; None for one a GPU, or one where there is none.
         shard: images a file; None for 256 on a CPU and 1,024 on a GPU; a multiple of the batch is made of it.
+        compile: run the model's blocks as ``torch.compile`` makes them, at the price of the compiler's time at the beginning.
         graph: capture explanations in a CUDA graph where that can be done.
         deterministic: the same bits each time, also on a GPU.
         overwrite: throw away the store that stands there.
@@ -171,7 +173,7 @@ def run(
     output = checked_output(output)
     sizes = _checked_batch(batch), None if shard is None else checked_count("shard", shard, 1, "image")
     plan = _plan(
-        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile, graph=graph,
         deterministic=deterministic, workers=workers,
     )  # fmt: skip
     plan.layout(1)  # refuses labels that can name no folder
@@ -225,19 +227,20 @@ def stream(
     backend: str = "auto",
     resize: str = "model",
     workers: int | None = None,
+    compile: bool = False,
     graph: bool = True,
     deterministic: bool = True,
 ) -> Iterator[ExplainedBatch]:
     """Explain every image of a source, batch by batch, and write nothing: maps are tensors on the model's device.
 
     Args:
-        model, source, methods, target, batch, dtype, backend, resize, workers, graph, deterministic: as of ``run``.
+        model, source, methods, target, batch, dtype, backend, resize, workers, compile, graph, deterministic: as of ``run``.
 
     Raises:
         InputError, UnknownNameError, UnsupportedModelError: as ``run``, before the first batch is asked for.
     """
     plan = _plan(
-        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, graph=graph,
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile, graph=graph,
         deterministic=deterministic, workers=workers,
     )  # fmt: skip
     size = _checked_batch(batch)

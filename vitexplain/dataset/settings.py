@@ -35,6 +35,7 @@ class Plan:
         dtype: element type that the model runs in.
         backend: of the explanations.
         resize: ``"model"`` or ``"squash"``; see ``LoadedModel.preprocess``.
+        compile: run the model's blocks as ``torch.compile`` makes them.
         graph: capture explanations in a CUDA graph where that can be done.
         deterministic: the same bits each time, also on a GPU.
         workers: processes that decode photos, for each device.
@@ -50,6 +51,7 @@ class Plan:
     dtype: torch.dtype = torch.float32
     backend: str = "auto"
     resize: str = "model"
+    compile: bool = False
     graph: bool = True
     deterministic: bool = True
     workers: int = 0
@@ -58,14 +60,14 @@ class Plan:
         if self.resize not in RESIZE:
             raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {self.resize!r}")
         checked_count("workers", self.workers, 0, "process")
-        for name in ("graph", "deterministic"):
+        for name in ("compile", "graph", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected True or False, received {getattr(self, name)!r}")
         if self.device.type not in ("cpu", "cuda"):
             raise InputError(f"model: expected one on a CPU or a CUDA device, received one on {self.device}")
         if torch.is_autocast_enabled(self.device.type):
             raise InputError("dtype: expected no autocast around a whole data set; the model runs in the dtype that is asked for")
-        explainer = Explainer(self.model.model, self.methods, self.backend)
+        explainer = Explainer(self.model.model, self.methods, self.backend, compile=self.compile)
         explainer.check_backend(self.device)
         anatomy = explainer.anatomy
         if anatomy.grid is None:
@@ -95,7 +97,7 @@ class Plan:
     @property
     def how(self) -> dict[str, Any]:
         """Options of ``BatchExplainer`` that decide what is explained."""
-        return {"target": self.target, "dtype": self.dtype, "backend": self.backend}
+        return {"target": self.target, "dtype": self.dtype, "backend": self.backend, "compile": self.compile}
 
     @property
     def num_targets(self) -> int | None:
@@ -143,6 +145,7 @@ class Plan:
             "target": self.target,
             "dtype": dtype_name(self.dtype),
             "backend": self.backend,
+            "compile": self.compile,
             "device": self.device.type,
             "deterministic": self.deterministic,
             "float32_products": str(torch.backends.cuda.matmul.fp32_precision) if self.device.type == "cuda" else "ieee",
