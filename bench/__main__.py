@@ -1,0 +1,139 @@
+"""The benchmark.
+
+    python -m bench list                          # cases, works, providers, sizes
+    python -m bench run                           # every case on this machine's CPU -> bench/results/cpu/benchmark.csv
+    python -m bench run explanations --device cuda --work tokentm
+    python -m bench run --not-measured nvidia-h200  # the lines of a device that is not at hand, each marked so
+    python -m bench plot                          # time and memory over tokens, rooflines -> docs/benchmark/
+    python -m bench table                         # the README's tables, from the results
+
+Whatever is timed is first held against a dense float64 reference; outside the error budget it is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+
+import torch
+
+from .cases import CASES
+from .record import Row, device_name, read_rows, results_path, update
+from .registry import Case, Setting, Size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure cases and put the figures into the device's file")
+    run.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--size", action="append", default=[], metavar="PATTERN", help="MODEL/BATCH/TOKENS/DTYPE with * for any")
+    run.add_argument("--work", action="append", default=[], help="a part of the work's name; repeat")
+    run.add_argument("--provider", action="append", default=[], help="a part of the provider's name; repeat")
+    run.add_argument("--seconds", type=float, default=1.0, help="of sampling for each group of calls timed in turns")
+    run.add_argument("--least", type=int, default=5, help="samples at least")
+    run.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    run.add_argument("--limit-gb", type=float, default=20.0, help="memory that one provider may take on a CPU")
+    run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further size is begun")
+    run.add_argument("--not-measured", metavar="DEVICE", help="write this device's missing lines, each marked as not measured")
+    commands.add_parser("list", help="cases, works, providers and sizes")
+    plot = commands.add_parser("plot", help="draw what was measured")
+    plot.add_argument("--device", help="folder of bench/results; default: all")
+    table = commands.add_parser("table", help="write the README's generated parts")
+    table.add_argument("--check", action="store_true", help="exit 1 where the README is not what would be written")
+    options = parser.parse_args(arguments)
+    {"run": _run, "list": _list, "plot": _plot, "table": _table}[options.command](options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    cases = _chosen(options.cases)
+    if options.not_measured:
+        print(write_not_measured(cases, options.not_measured))
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: expected a CUDA device, found none (--not-measured DEVICE writes the empty lines)")
+    device = torch.device(options.device)
+    setting = Setting(
+        device, options.seconds, options.least, tuple(options.work), tuple(options.provider), not options.no_memory,
+        options.limit_gb,
+    )  # fmt: skip
+    started, path = time.perf_counter(), results_path(device_name(device))
+    for case in cases:
+        for size in _sizes(case, device.type, options.size):
+            if time.perf_counter() - started > options.budget:
+                print(f"left out, the budget of {options.budget:g} s is spent: {case.name} {_named(size)}", flush=True)
+                continue
+            rows = []
+            for row in case.measure(size, setting):
+                print(line(row), flush=True)
+                rows.append(row)
+            if rows:
+                update(path, rows)  # at once: what comes later may fail
+    print(path)
+
+
+def write_not_measured(cases: list[Case], name: str) -> str:
+    """Add a line for everything that this device's file lacks."""
+    path = results_path(name)
+    there = {row.line for row in read_rows(path)}
+    rows = [row for case in cases for size in case.sizes("cuda") for row in case.blank_rows(size, name) if row.line not in there]
+    return str(update(path, rows) if rows else path)
+
+
+def _chosen(names: list[str]) -> list[Case]:
+    for name in names:
+        if name not in CASES:
+            raise SystemExit(f"case: expected one of {', '.join(CASES)}, received {name!r}")
+    return [CASES[name] for name in names or CASES]
+
+
+def _named(size: Size) -> str:
+    return f"{size.model}/{size.batch}/{size.tokens}/{size.dtype}"
+
+
+def _sizes(case: Case, device_type: str, patterns: list[str]) -> Iterator[Size]:
+    for size in case.sizes(device_type):
+        if not patterns or any(fnmatch(_named(size), pattern) for pattern in patterns):
+            yield size
+
+
+def line(row: Row) -> str:
+    """One figure for the terminal."""
+    where = f"{row.case} {row.model} B={row.batch} n={row.tokens} {row.dtype}"
+    return f"{where:56s} {row.work:34s} {row.provider:38s} {row.metric:28s} {row.p50:>10s} {row.unit}"
+
+
+def _list(options: argparse.Namespace) -> None:  # noqa: ARG001
+    for case in CASES.values():
+        print(f"{case.name} ({case.kind}): {case.title}")
+        for device_type in ("cpu", "cuda"):
+            sizes = case.sizes(device_type)
+            print(f"  {device_type}: {', '.join(_named(size) for size in sizes) or 'nothing'}")
+            for work in dict.fromkeys(entry.work for size in sizes for entry in case.entries(size, device_type)):
+                found = (e.provider for size in sizes for e in case.entries(size, device_type) if e.work == work)
+                print(f"    {work}: {', '.join(dict.fromkeys(found))}")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from .plot import draw
+
+    for path in draw(options.device):
+        print(path)
+
+
+def _table(options: argparse.Namespace) -> None:
+    from .table import README, rendered
+
+    current = README.read_text()
+    wanted = rendered(current)
+    if options.check:
+        sys.exit(f"{README.name} is out of date: run python -m bench table" if wanted != current else 0)
+    README.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

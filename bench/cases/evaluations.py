@@ -1,0 +1,161 @@
+"""Faithfulness evaluations: the pace of a whole one, and of one perturbation curve beside the loop of the papers' scripts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vitexplain import Explainer
+from vitexplain.evaluate import Evaluation
+from vitexplain.evaluate.batch import Batch, Classifier, RankedMaps
+from vitexplain.evaluate.protocols.base import counts_at, of_class, spans_first
+from vitexplain.evaluate.protocols.perturbation import VTRANM
+from vitexplain.loading import LoadedModel
+from vitexplain.methods import own_methods
+from vitexplain.models import read_anatomy
+from vitexplain.sources import Source
+
+from ..data_set_runs import RUNS, data_folder, expect_data, made_photos, random_model
+from ..faithfulness import CASES
+from ..record import Row, unmeasured
+from ..registry import DENSE, EVALUATION, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, figure, ours
+
+WHOLE = "perturbation of the predicted class, all methods and controls"
+METHOD, SUBSTRATE = "tokentm", "black"
+FORWARD_BATCHES = {"cpu": 64, "cuda": 512}  # changed images in one forward
+LIMIT = 1e-4  # between the curves of both, float32
+WHOLE_TIMES = 2  # batches of a whole evaluation
+CURVES = 8  # photos of the one curve: image by image, step by step takes long everywhere
+LEADS = ("images per second", "changed images per second")
+
+
+def curve_work(size: Size) -> str:
+    """Name of the work at a size."""
+    return f"perturbation curve of one map, {size.batch} photos"
+
+
+@contextmanager
+def photos_of(size: Size, device: torch.device) -> Iterator[tuple[LoadedModel, Source]]:
+    """On a CPU the model with its weights and real photos; on a GPU random weights and photos made on the spot.
+
+    Raises ``Unavailable`` where the data are absent.
+    """
+    count = WHOLE_TIMES * size.batch
+    if device.type == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            yield random_model(size.model, device), made_photos(Path(folder), count, count)
+        return
+    expect_data(RUNS["photos"])
+    case = CASES["perturbation"]
+    model = case.load(data_folder(), "cpu")
+    yield model, case.source(data_folder(), model).select(slice(0, count))
+
+
+@dataclass
+class _Curves(Prepared):
+    """Photos and one ranked map of each; what is timed are probabilities (B, levels) of the predicted class."""
+
+    batch: Batch
+    maps: RankedMaps
+    spans: Tensor
+
+    def call(self, entry: Entry) -> Callable[[], object]:
+        return self.one_by_one if entry.provider == DENSE else self.together
+
+    def check(self, entry: Entry) -> Check | None:  # noqa: ARG002
+        return Check(self.difference, LIMIT)
+
+    @cached_property
+    def difference(self) -> float:
+        """Between both ways."""
+        together, alone = self.together().double(), self.one_by_one().double()
+        return float((together - alone).norm() / alone.norm())
+
+    def together(self) -> Tensor:
+        """Steps of all photos share forwards."""
+        return of_class(self.batch.probe(self.maps.ranks, self.spans, SUBSTRATE), self.batch.predicted).exp()
+
+    @torch.inference_mode()
+    def one_by_one(self) -> Tensor:
+        """Photo by photo, step by step."""
+        curves = torch.empty(len(self.batch.images), len(self.spans), device=self.batch.images.device)
+        substrate, shape = self.batch.substrate(SUBSTRATE), self.batch.images.shape[-2:]
+        for row, (image, ranks, target) in enumerate(
+            zip(self.batch.images, self.maps.ranks, self.batch.predicted.tolist(), strict=True)
+        ):
+            for step, removed in enumerate(self.spans[:, 1].tolist()):
+                changed = torch.where((ranks < removed).view(1, 1, *shape), substrate, image)
+                curves[row, step] = self.batch.classifier.anatomy.model(changed).softmax(-1)[0, target]
+        return curves
+
+
+class Evaluations(TimedCase):
+    """Whole evaluations, and one curve; on a CPU with photos of ``../shared/data`` (or ``VITEXPLAIN_BENCH_DATA``)."""
+
+    name: ClassVar[str] = "evaluations"
+    kind: ClassVar[str] = EVALUATION
+    title: ClassVar[str] = "perturbation evaluations: pace of a whole one, and of a curve beside image by image, step by step"
+
+    def sizes(self, device_type: str) -> Sequence[Size]:
+        model, batch = ("vit_base_patch16_224", 32) if device_type == "cuda" else ("deit_tiny_patch16_224", 8)
+        return [Size(model, CURVES, 197), Size(model, batch, 197, dtype="bfloat16")]
+
+    def entries(self, size: Size, device_type: str) -> Sequence[Entry]:
+        """Curves in float32, where both ways agree; whole evaluations with changed images in bfloat16, as they are run."""
+        if size.dtype == "float32":
+            return [Entry(curve_work(size), provider) for provider in (ours(device_type), DENSE)]
+        return [Entry(WHOLE, ours(device_type))]
+
+    def lead(self, entry: Entry) -> tuple[str, str]:
+        return (LEADS[0], "1/s") if entry.work == WHOLE else ("time", "ms")
+
+    def prepare(self, size: Size, setting: Setting) -> Prepared:
+        with photos_of(size, setting.device) as (loaded, source):
+            photos = [loaded.transform(source.sample(i).photo) for i in range(size.batch)]
+        images = torch.stack(photos).to(setting.device)
+        model = loaded.model.requires_grad_(False)
+        classifier = Classifier(read_anatomy(model), loaded.mean, loaded.std, FORWARD_BATCHES[setting.device.type])
+        clean = classifier.log_probabilities(images).clone()
+        batch = Batch(images, tuple(source.ids[: size.batch]), None, None, clean, classifier, 0)
+        maps = Explainer(model, METHOD).attribute(images, batch.predicted.clone()).maps
+        return _Curves(batch, RankedMaps.of(maps, batch, METHOD), spans_first(counts_at(VTRANM, batch.num_pixels)))
+
+    def measure(self, size: Size, setting: Setting) -> Iterator[Row]:
+        yield from super().measure(size, setting) if size.dtype == "float32" else self._whole(size, setting)
+
+    def _whole(self, size: Size, setting: Setting) -> Iterator[Row]:
+        for entry in self.entries(size, setting.device.type):
+            if not setting.wants(entry):
+                continue
+            try:
+                timing = whole_evaluation(size, setting.device)
+            except Unavailable as reason:
+                yield self.row(entry, size, *self.lead(entry), unmeasured(str(reason)), setting.device)
+                continue
+            for metric in LEADS:
+                yield self.row(entry, size, metric, "1/s", figure(timing[metric.replace(" ", "_")]), setting.device)
+
+
+def whole_evaluation(size: Size, device: torch.device) -> dict[str, float]:
+    """What an evaluation says of its own pace; on a GPU after one of a single batch, which compiles and chooses kernels."""
+    with photos_of(size, device) as (model, source):
+        if device.type == "cuda":
+            _evaluated(model, source.select(slice(0, size.batch)), size, device)
+        return _evaluated(model, source, size, device)
+
+
+def _evaluated(model: LoadedModel, source: Source, size: Size, device: torch.device) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation = Evaluation(
+            model, source, own_methods(), ["perturbation"], folder, batch=size.batch,
+            forward_batch=FORWARD_BATCHES[device.type], dtype=size.dtype,
+        )  # fmt: skip
+        return evaluation.run().timing

@@ -1,0 +1,120 @@
+"""Operations on one layer: this library's, torch's own fused attention, the dense formulas, flash-colreduce; and the peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import ClassVar
+
+import torch
+
+from vitexplain.kernels import triton_installed
+
+from ..layer import CPU_SIZES, GPU_SIZES, Layer, LayerSize
+from ..layer_operations import BY_WORK, LIBRARY, LIBRARY_CALLS, OPERATIONS, tensors_of
+from ..peaks import BANDWIDTH, COMPUTE, peaks
+from ..record import Row, spread
+from ..registry import OPERATION, TORCH, TRITON, Check, Counted, Entry, Prepared, Setting, Size, TimedCase, Unavailable, ours
+
+EPSILONS = 32  # the gate, in root mean square; the tests hold each operation to its own error budget
+SMALL = LayerSize(2, 2, 130, 64)  # what the gate looks at
+PEAK, DEVICE = "peak", "device"
+PEAKS = {"large product": (COMPUTE, "TFLOP/s"), "large copy": (BANDWIDTH, "TB/s")}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
+BACKENDS = {TORCH: "torch", TRITON: "triton"}
+
+
+@cache
+def check(work: str, provider: str, dtype: torch.dtype, device: torch.device) -> Check | None:
+    """One call on a small layer, held against the dense formula in float64; once a process.
+
+    Raises ``Unavailable`` where the provider cannot run.
+    """
+    operation = BY_WORK.get(work)
+    if operation is None or operation.exact is None:
+        return None
+    layer = Layer(SMALL, dtype, device, operation.positive)
+    found, exact = tensors_of(call_of(work, provider, layer)()), tensors_of(operation.exact(layer.cast(torch.float64)))
+    errors = [float((one.double() - right).norm() / right.norm()) for one, right in zip(found, exact, strict=True)]
+    worst = max(errors, key=lambda error: float("inf") if error != error else error)  # NaN is not the least
+    return Check(worst, EPSILONS * torch.finfo(dtype).eps)
+
+
+def call_of(work: str, provider: str, layer: Layer) -> Callable[[], object]:
+    """A provider's way to do a piece of work on a layer."""
+    if work in LIBRARY_CALLS:
+        return partial(LIBRARY_CALLS[work][0], layer)
+    operation = BY_WORK[work]
+    if provider == TRITON and not triton_installed():
+        raise Unavailable("triton is not installed")
+    if provider in BACKENDS:
+        backend = BACKENDS[provider] if operation.both else "auto"
+        return partial(operation.ours, layer, backend)
+    return partial(operation.others(layer.device.type)[provider], layer)
+
+
+class _OnLayer(Prepared):
+    """A layer whose operations are timed."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def call(self, entry: Entry) -> Callable[[], object]:
+        return call_of(entry.work, entry.provider, self.layer)
+
+    def check(self, entry: Entry) -> Check | None:
+        return check(entry.work, entry.provider, self.layer.dtype, self.layer.device)
+
+    def counted(self, entry: Entry) -> Counted | None:
+        if entry.work in LIBRARY_CALLS:
+            _, flops, moved_bytes = LIBRARY_CALLS[entry.work]
+            return Counted(flops(self.layer), moved_bytes(self.layer), COMPUTE)
+        operation = BY_WORK[entry.work]
+        return Counted(operation.flops(self.layer), operation.moved_bytes(self.layer), operation.bound, operation.against)
+
+
+class Operations(TimedCase):
+    """Every operation at the layers of usual models, beside what the device can do at most."""
+
+    name: ClassVar[str] = "operations"
+    kind: ClassVar[str] = OPERATION
+    title: ClassVar[str] = "single operations on one layer: time, FLOPs and bytes, fractions of measured peaks"
+
+    def sizes(self, device_type: str) -> Sequence[Size]:
+        layers = GPU_SIZES if device_type == "cuda" else CPU_SIZES
+        return [
+            size
+            for dtype in DTYPES[device_type]
+            for size in (
+                Size(DEVICE, 0, 0, 0, dtype),
+                *(Size(layer.form, layer.batch, layer.tokens, 0, dtype) for layer in layers),
+            )
+        ]
+
+    def entries(self, size: Size, device_type: str) -> Sequence[Entry]:
+        if size.model == DEVICE:
+            return [Entry(PEAK, provider) for provider in PEAKS]
+        found = [Entry(work, LIBRARY, baseline=True) for work in LIBRARY_CALLS]
+        for operation in OPERATIONS:
+            if operation.most_tokens is not None and size.tokens > operation.most_tokens:
+                continue
+            beside = [TORCH] if operation.both and device_type == "cuda" else []
+            providers = [ours(device_type), *beside, *operation.others(device_type)]
+            # On a CPU each peak is a process of its own, and the explanations show it.
+            found += [Entry(operation.work, provider, memory=device_type == "cuda") for provider in providers]
+        return found
+
+    def prepare(self, size: Size, setting: Setting) -> Prepared:
+        return _OnLayer(Layer(LayerSize.of(size.model, size.batch, size.tokens), size.torch_dtype, setting.device))
+
+    def measure(self, size: Size, setting: Setting) -> Iterator[Row]:
+        yield from self._peaks(size, setting) if size.model == DEVICE else super().measure(size, setting)
+
+    def lead(self, entry: Entry) -> tuple[str, str]:
+        return ("rate", PEAKS[entry.provider][1]) if entry.work == PEAK else ("time", "ms")
+
+    def _peaks(self, size: Size, setting: Setting) -> Iterator[Row]:
+        found = peaks(setting.device, size.torch_dtype)
+        for entry in self.entries(size, setting.device.type):
+            rates = [rate / 1e12 for rate in found[PEAKS[entry.provider][0]].rates]
+            yield self.row(entry, size, *self.lead(entry), spread(rates), setting.device)

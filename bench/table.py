@@ -1,0 +1,606 @@
+"""The README's generated parts, from the registry and the committed results, so that no figure is typed by hand.
+
+python -m bench table            # rewrite the parts between the markers
+python -m bench table --check    # exit 1 where the README is not what would be written
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import vitexplain
+from vitexplain.evaluate.results import Results
+from vitexplain.evaluate.tables import interval, number, protocol_title, table
+
+from .cases.data_sets import STREAM
+from .cases.resolution import LARGEST_BATCH
+from .coverage import AGREES, COVERAGE, REFUSED, RUNS, TIMM_MODELS, Pair, TimmModel
+from .coverage import read as read_coverage
+from .faithfulness import FAITHFULNESS
+from .layer_operations import LIBRARY
+from .lines import Line, fitted_exponent, line_of, lines_of, ours_on, points_of, ratio_to_forward_backward
+from .record import NOT_MEASURED, Row, devices, read_rows, results_path
+from .registry import BASELINES, DENSE, FORWARD, FORWARD_BACKWARD
+from .scale import run_table
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PICTURES = "docs/benchmark/cpu"
+FURTHER = ("cifar10", "probability", "saco", "iba_chosen_on_even", "iba_reported_on_odd")
+MEDIAN = "median [20th, 80th percentile]"
+CPU, H200 = "cpu", "nvidia-h200"
+TOKENS_SHOWN, TOKENS_SHOWN_ELSEWHERE = {CPU: 577}, 1025  # of the operations' sizes
+
+
+def method_table() -> str:
+    """What methods there are."""
+    lines = ["| method | name | class-specific | cost | options (default) |", "|---|---|---|---|---|"]
+    for info in vitexplain.methods():
+        options = ", ".join(f"`{option.name}` ({option.default})" for option in info.options) or "–"
+        specific = "yes" if info.class_specific else "no"
+        lines.append(f"| {info.title} | `{info.name}` | {specific} | {info.cost} | {options} |")
+    return "\n".join(lines)
+
+
+def coverage_table() -> str:
+    """Which method explains which family."""
+    pairs = read_coverage(COVERAGE, Pair)
+    methods = list(dict.fromkeys(pair.method for pair in pairs))
+    lines = [
+        f"| model | from | {' | '.join(f'`{method}`' for method in methods)} |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    signs = {AGREES: "✓", RUNS: "(✓)", REFUSED: "–"}
+    for package, family in dict.fromkeys((pair.package, pair.family) for pair in pairs):
+        found = {pair.method: signs[pair.outcome] for pair in pairs if (pair.package, pair.family) == (package, family)}
+        lines.append(f"| {family} | {package} | {' | '.join(found[method] for method in methods)} |")
+    counts = Counter(pair.outcome for pair in pairs)
+    reasons = sorted({_without_names(pair) for pair in pairs if pair.outcome == REFUSED})
+    lines += [
+        "",
+        f"✓ agrees with a dense float64 reference on a small random-weight model ({counts[AGREES]} pairs); (✓) explained, "
+        f"without a reference ({counts[RUNS]}); – refused ({counts[REFUSED]}): {'; '.join(reasons)}. `python -m bench.coverage`",
+        "",
+        _timm_sentence(),
+    ]
+    return "\n".join(lines)
+
+
+def _without_names(pair: Pair) -> str:
+    return re.sub(r"block \d+", "a block", pair.reason.replace(repr(pair.method), "…"))
+
+
+def _timm_sentence() -> str:
+    models = read_coverage(TIMM_MODELS, TimmModel)
+    counts = Counter(model.outcome for model in models)
+    partly = sum(model.outcome == "explained" and bool(model.reason) for model in models)
+    return (
+        f"Of timm's {len(models)} model names whose class is a supported one, {counts['explained']} are explained ({partly} of "
+        f"them not by `tokentm`, because values are normalised before the output projection or branches cannot be read apart), "
+        f"{counts[REFUSED]} are refused with the reason, {counts['failed']} fail. `python -m bench.coverage --timm`"
+    )
+
+
+# -- speed and memory ----------------------------------------------------------------------------------------------------
+
+
+def explanations_tables() -> str:
+    """Every method beside the dense reference, other libraries and the model itself."""
+    return _by_device("explanations", _explanations_of, "methods.png")
+
+
+def _by_device(case: str, part: Callable[[str, list[Row]], str], *pictures: str) -> str:
+    """A part for each device that has figures of a case, the CPU's first; one sentence for one that has none."""
+    found = {name: read_rows(results_path(name), case=case) for name in sorted({CPU, *devices()}, key=lambda name: name != CPU)}
+    command = f"`python -m bench run {case}`"
+    if not any(row.measured for rows in found.values() for row in rows):
+        return f"{NOT_MEASURED.capitalize()}. {command}"
+    parts = []
+    for name, rows in found.items():
+        if any(row.measured for row in rows):
+            parts.append(part(name, rows))
+        elif rows:
+            parts.append(f"On {name}: {NOT_MEASURED}.")
+    if not any(rows for name, rows in found.items() if name != CPU):
+        parts.append(f"On a GPU: {NOT_MEASURED}.")
+    shown = [f"![{file.removesuffix('.png').replace('_', ' ')}]({PICTURES}/{file})" for file in pictures if _drawn(file)]
+    return "\n\n".join([*parts, *(["\n".join(shown)] if shown else []), command])
+
+
+def _drawn(file: str) -> bool:
+    return (ROOT / PICTURES / file).exists()
+
+
+def _explanations_of(device: str, rows: list[Row]) -> str:
+    """A table for each model and element type, all but the first folded away."""
+    groups: dict[tuple[object, ...], list[Line]] = {}
+    for line in lines_of(rows):
+        groups.setdefault(line.size, []).append(line)
+    measured = [lines for lines in groups.values() if any(line.measured for line in lines)]
+    first, *others = [_methods_of(device, lines, rows) for lines in measured]
+    names = [f"{lines[0].model}, {lines[0].dtype}" for lines in measured[1:]]
+    return "\n\n".join([first, *map(_folded, names, others)])
+
+
+def _folded(name: str, text: str) -> str:
+    return f"<details><summary>{name}</summary>\n\n{text}\n\n</details>"
+
+
+def _methods_of(device: str, lines: list[Line], rows: list[Row]) -> str:
+    first, ours = lines[0], ours_on(device)
+    text = [
+        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}.",
+        "",
+        f"| method | ms | ÷ {FORWARD_BACKWARD} | dense reference, ms | × faster | MiB | dense, MiB | images/s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for line in sorted(lines, key=lambda line: (line.work not in BASELINES, line.provider != ours)):
+        if line.provider == DENSE and line_of(lines, line.work, ours):
+            continue  # stands beside ours
+        dense = line_of(lines, line.work, DENSE) if line.provider == ours else None
+        text.append(_row(_called(line, ours), *_method_cells(line, dense, lines)))
+    return "\n".join(text)
+
+
+def _called(line: Line, ours: str) -> str:
+    """A method, by whom else where it is not ours."""
+    if line.work in BASELINES:
+        return f"*{line.work}*"
+    return _quoted(line.work) if line.provider == ours else f"{_quoted(line.work)}, {line.provider}"
+
+
+def _method_cells(line: Line, dense: Line | None, lines: list[Line]) -> list[str]:
+    time, faster, dense_memory = _dense_cells(dense, line)
+    ratio = _number(ratio_to_forward_backward(line, lines))
+    return [_time(line), ratio, time, faster, _number(line.value("peak memory")), dense_memory, _number(line.value("pace"))]
+
+
+def _dense_cells(dense: Line | None, line: Line) -> tuple[str, str, str]:
+    """Milliseconds, how much longer it takes, MiB."""
+    if dense is None:
+        return "–", "–", "–"
+    time = _number(dense.value("time")) if dense.measured else dense.reason
+    return time, _number(dense.value("time") / line.value("time")), _number(dense.value("peak memory"))
+
+
+def resolution_tables() -> str:
+    """Time and memory over the number of tokens."""
+    return _by_device("resolution", _resolution_of, "time_over_tokens.png", "memory_over_tokens.png")
+
+
+def _resolution_of(device: str, rows: list[Row]) -> str:
+    """`tokentm` in full, of every method how it grows; all but the first model and element type folded away."""
+    lines, tables = lines_of(rows), {}
+    for model, dtype in dict.fromkeys((line.model, line.dtype) for line in lines if line.measured):
+        mine = [line for line in lines if (line.model, line.dtype) == (model, dtype)]
+        tables[f"{model}, {dtype}"] = _tokens_table(mine, ours_on(device), rows)
+    (_, first), *others = tables.items()
+    return "\n\n".join([first, *(_folded(*other) for other in others)])
+
+
+def _tokens_table(lines: list[Line], ours: str, rows: list[Row]) -> str:
+    first = lines[0]
+    columns = (("tokentm", ours), ("tokentm", f"{ours}, checkpointed"), (FORWARD_BACKWARD, None), ("tokentm", DENSE))
+    text = [
+        f"**`tokentm`, {first.model}, batch {first.batch}, {first.dtype}**; {_machine(rows)}.",
+        "",
+        f"| tokens | vitexplain | checkpointed | {FORWARD_BACKWARD} | dense reference | its maps alone, counted |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for tokens in sorted({line.tokens for line in lines if "time" in line.figures}):
+        at = [line for line in lines if line.tokens == tokens]
+        found = [line_of(at, *column) for column in columns]
+        maps = math.nan if found[-1] is None else found[-1].value("stored maps, counted")
+        text.append(_row(f"{tokens:,}", *(_time_and_memory(line) for line in found), _number(maps, " GB")))
+    batches = [line for line in lines if line.work == LARGEST_BATCH and not math.isnan(line.value("batch"))]
+    largest = "; ".join(f"{line.tokens:,} tokens, {line.provider}: {line.value('batch'):.0f}" for line in batches)
+    return "\n".join([*text, "", _growth(lines), *([f"Largest batch, of powers of two: {largest}."] if largest else [])])
+
+
+def _time_and_memory(line: Line | None) -> str:
+    if line is None:
+        return "–"
+    if not line.measured:
+        return line.reason or NOT_MEASURED
+    memory = line.figures.get("peak memory")
+    if memory is None:
+        return _duration(line.value("time"))
+    return f"{_duration(line.value('time'))}, {_number(memory.value, ' MiB') if memory.measured else _reason(memory)}"
+
+
+def _growth(lines: list[Line]) -> str:
+    """How time and memory grow with the number of tokens, as a sentence."""
+    grows = []
+    for work, provider in dict.fromkeys((line.work, line.provider) for line in lines):
+        mine = [line for line in lines if (line.work, line.provider) == (work, provider)]
+        exponents = [fitted_exponent(points_of(mine, metric)) for metric in ("time", "peak memory")]
+        if not all(map(math.isnan, exponents)):
+            name = work if work in BASELINES else f"{_quoted(work)}, {provider}"
+            grows.append(f"{name} {_exponent(exponents[0])} and {_exponent(exponents[1])}")
+    if not grows:
+        return f"Exponents over the number of tokens: {NOT_MEASURED}."
+    return f"Fitted exponents of time and of memory over n ≥ 500: {'; '.join(grows)}."
+
+
+def _exponent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def operations_tables() -> str:
+    """Every operation on each device there are results of, at one size a device."""
+    return _by_device("operations", _operations_of, "roofline.png")
+
+
+def _operations_of(device: str, rows: list[Row]) -> str:
+    lines = lines_of(rows)
+    operations = [line for line in lines if line.work != "peak"]
+    size = _size_shown(device, operations)
+    shown, ours = [line for line in operations if line.size == size], ours_on(device)
+    first = shown[0]
+    text = [
+        f"**Batch {first.batch}, {first.model}, {first.tokens:,} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}. "
+        f"Peaks: {_peaks(lines, first.dtype)}.",
+        "",
+        "| operation | ms | fraction of its peak | ÷ fused attention's rate | dense formula, ms |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for line in sorted(shown, key=lambda line: line.provider != LIBRARY):
+        own = line.provider in (ours, LIBRARY)
+        if line.provider == DENSE and line_of(shown, line.work, ours):
+            continue  # stands beside ours
+        dense = line_of(shown, line.work, DENSE) if own else None
+        name = line.work if own else f"{line.work}, {line.provider}"
+        text.append(_row(name, *_operation_cells(line), "–" if dense is None else _time(dense)))
+    return "\n".join(text)
+
+
+def _peaks(lines: list[Line], dtype: str) -> str:
+    """What a large product and a large copy reach."""
+    rows = [(line.provider, line.figures["rate"]) for line in lines if (line.work, line.dtype) == ("peak", dtype)]
+    return "; ".join(f"{provider} {_with_unit(row)}" for provider, row in rows) or NOT_MEASURED
+
+
+def _size_shown(device: str, lines: Sequence[Line]) -> tuple[object, ...]:
+    """The first size that was measured with that many tokens, or the one next to it."""
+    wanted = TOKENS_SHOWN.get(device, TOKENS_SHOWN_ELSEWHERE)
+    return min((line for line in lines if line.measured), key=lambda line: abs(line.tokens - wanted)).size
+
+
+def _operation_cells(line: Line) -> list[str]:
+    cells = [_time(line)]
+    for prefix in ("fraction of peak ", "rate over torch fused attention "):
+        metric = next((name for name in line.figures if name.startswith(prefix)), None)
+        figure = math.nan if metric is None else line.value(metric)
+        cells.append("–" if math.isnan(figure) else f"{figure:.2f} ({metric.removeprefix(prefix)})")
+    return cells
+
+
+def cold_start_tables() -> str:
+    """The first explanation of a process."""
+    return _by_device("cold_start", _cold_start_of)
+
+
+def _cold_start_of(device: str, rows: list[Row]) -> str:  # noqa: ARG001
+    lines = lines_of(rows)
+    first = lines[0]
+    text = [
+        f"**{first.model}, batch {first.batch}, {first.dtype}**; {_machine(rows)}; {MEDIAN} of processes of their own.",
+        "",
+        "| step | ms |",
+        "|---|--:|",
+    ]
+    for line in lines:
+        by = f", {line.provider}" if len({other.provider for other in lines if other.work == line.work}) > 1 else ""
+        of = "" if line.size == first.size else f" ({line.model}, {line.dtype})"
+        text.append(_row(f"{line.work}{by}{of}", _time(line)))
+    return "\n".join(text)
+
+
+def ablation_tables() -> str:
+    """What each of the means to be fast contributes."""
+    return _by_device("ablation", _ablation_of)
+
+
+def _ablation_of(device: str, rows: list[Row]) -> str:  # noqa: ARG001
+    groups: dict[tuple[object, ...], list[Line]] = {}
+    for line in lines_of(rows):
+        groups.setdefault(line.size, []).append(line)
+    return "\n\n".join(_settings(lines, rows) for lines in groups.values() if any(line.measured for line in lines))
+
+
+def _settings(lines: list[Line], rows: list[Row]) -> str:
+    first = lines[0]
+    metrics = dict.fromkeys(metric for line in lines for metric in line.figures)
+    ratios = [metric for metric in metrics if metric.startswith("ratio to ") and metric != f"ratio to {FORWARD}"]
+    shown = {metric: f"÷ {metric.removeprefix('ratio to ')}" for metric in ratios}
+    shown |= {"peak memory": "MiB"} if "peak memory" in metrics else {}
+    text = [
+        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}.",
+        "",
+        _row("setting", "ms", *shown.values()),
+        "|---|--:|" + "--:|" * len(shown),
+    ]
+    for line in sorted(lines, key=lambda line: line.work not in BASELINES):
+        name = f"*{line.work}*" if line.work in BASELINES else line.work
+        text.append(_row(name, _time(line), *(_number(line.value(metric)) for metric in shown)))
+    return "\n".join(text)
+
+
+# -- goals ---------------------------------------------------------------------------------------------------------------
+
+
+Lines = Mapping[str, list[Line]]
+LARGE, BASE, MANY = "vit_large_patch16_224", "vit_base_patch16_224", 16_385
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that is wanted of the H200, and how to find it among a device's lines by case.
+
+    Attributes:
+        text: what it is of.
+        wanted: the limit.
+        line: the line that is asked, from a device's name and its lines; None where there is none.
+        figure: of that line; NaN where it was not measured.
+        shown: how the figure is written.
+        on_cpu: whether the same thing exists on a CPU.
+    """
+
+    text: str
+    wanted: str
+    line: Callable[[str, Lines], Line | None]
+    figure: Callable[[Line, Lines], float]
+    shown: str
+    on_cpu: bool = False
+
+
+def _tokentm(model: str) -> Callable[[str, Lines], Line | None]:
+    """Our line of `tokentm` with the highest pace: of that model in bfloat16 on a GPU, whatever there is on a CPU."""
+
+    def fastest(device: str, lines: Lines) -> Line | None:
+        ours = [line for line in lines["explanations"] if line.work == "tokentm" and line.provider.startswith(ours_on(device))]
+        fits = [line for line in ours if device == CPU or (line.model, line.dtype) == (model, "bfloat16")]
+        return max((line for line in fits if line.measured), key=lambda line: line.value("pace"), default=None)
+
+    return fastest
+
+
+def _at_resolution(tokens: int | None = None) -> Callable[[str, Lines], Line | None]:
+    """Our line of `tokentm` with so many tokens, or the first one."""
+
+    def found(device: str, lines: Lines) -> Line | None:
+        return line_of((line for line in lines["resolution"] if tokens in (None, line.tokens)), "tokentm", ours_on(device))
+
+    return found
+
+
+def _of(metric: str, scale: float = 1.0) -> Callable[[Line, Lines], float]:
+    return lambda line, _: scale * line.value(metric)
+
+
+def _an_image(metric: str, scale: float) -> Callable[[Line, Lines], float]:
+    return lambda line, _: scale * line.value(metric) / line.batch
+
+
+def _ratio(line: Line, lines: Lines) -> float:
+    return ratio_to_forward_backward(line, lines["explanations"])
+
+
+def _times_faster(line: Line, lines: Lines) -> float:
+    dense = line_of((other for other in lines["explanations"] if other.size == line.size), "tokentm", DENSE)
+    return math.nan if dense is None else dense.value("time") / line.value("time")
+
+
+def _memory_exponent(line: Line, lines: Lines) -> float:
+    same = (line.work, line.provider, line.model, line.dtype)
+    mine = [other for other in lines["resolution"] if (other.work, other.provider, other.model, other.dtype) == same]
+    return fitted_exponent(points_of(mine, "peak memory"))
+
+
+GOALS = (
+    Goal("ViT-L/16, images/s", "≥ 1,500", _tokentm(LARGE), _of("pace"), ",.0f"),
+    Goal(f"ViT-L/16, time ÷ {FORWARD_BACKWARD}", "≤ 1.15", _tokentm(LARGE), _ratio, ".2f", on_cpu=True),
+    Goal("ViT-L/16, × faster than the dense reference", "≥ 5", _tokentm(LARGE), _times_faster, ".1f", on_cpu=True),
+    Goal(
+        "ViT-L/16, share of the limit: the FLOPs of two forwards at the measured peak", "≥ 50 %", _tokentm(LARGE),
+        _of("fraction of peak compute", 100), ".0f", on_cpu=True,
+    ),
+    Goal("ViT-B/16, images/s", "≥ 4,500", _tokentm(BASE), _of("pace"), ",.0f"),
+    Goal(f"{MANY:,} tokens, seconds an image", "< 1.5", _at_resolution(MANY), _an_image("time", 1e-3), ".2f"),
+    Goal(f"{MANY:,} tokens, GB an image", "< 20", _at_resolution(MANY), _an_image("peak memory", 2**20 / 1e9), ".1f"),
+    Goal("exponent of memory over the number of tokens", "≤ 1.1", _at_resolution(), _memory_exponent, ".2f", on_cpu=True),
+)  # fmt: skip
+
+
+def goals_table() -> str:
+    """What is wanted of a GPU against what was measured, and what a CPU shows of it."""
+    found = {
+        device: {case: lines_of(read_rows(results_path(device), case=case)) for case in ("explanations", "resolution")}
+        for device in (H200, CPU)
+    }
+    line = _tokentm(LARGE)(CPU, found[CPU])
+    heading = "CPU" if line is None else "CPU*"
+    text = [f"| `tokentm` | wanted of one H200, bfloat16 | H200 | {heading} |", "|---|--:|--:|--:|"]
+    for goal in GOALS:
+        on_cpu = _answer(goal, CPU, found[CPU]) if goal.on_cpu else "–"
+        text.append(_row(goal.text, goal.wanted, _answer(goal, H200, found[H200]), on_cpu))
+    if line is not None:
+        machine = _machine(list(line.figures.values()))
+        text += ["", f"\\* For comparison, another model: {line.model}, batch {line.batch}, {line.dtype}; {machine}."]
+    return "\n".join(text)
+
+
+def _answer(goal: Goal, device: str, lines: Lines) -> str:
+    """The figure, and how the library was run where that was not plain."""
+    line = goal.line(device, lines)
+    value = math.nan if line is None else goal.figure(line, lines)
+    if math.isnan(value):
+        return NOT_MEASURED
+    variant = line.provider.removeprefix(ours_on(device)).removeprefix(", ")
+    unit = " %" if goal.wanted.endswith("%") else ""
+    return f"{value:{goal.shown}}{unit}{f' ({variant})' if variant else ''}"
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------------
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _machine(rows: list[Row]) -> str:
+    """Where and with what it was measured."""
+    row = next(row for row in rows if row.measured)
+    return f"{row.device}{f', {row.threads} threads' if row.threads else ''}; {row.versions}"
+
+
+def _quoted(work: str) -> str:
+    """A method's name as code, anything longer as it is."""
+    return work if " " in work else f"`{work}`"
+
+
+def _number(value: float, unit: str = "") -> str:
+    """Three digits; a dash where there is no figure."""
+    if math.isnan(value):
+        return "–"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") + unit
+
+
+def _time(line: Line) -> str:
+    """Milliseconds, or why there are none."""
+    return _spread(line.figures["time"]) if line.measured else line.reason or NOT_MEASURED
+
+
+def _reason(row: Row) -> str:
+    """The text in the place of a figure, without what stands in brackets."""
+    return row.p50.partition(" (")[0]
+
+
+def _spread(row: Row) -> str:
+    """The median and where the middle of the samples lies."""
+    if not row.measured:
+        return _reason(row)
+    around = f" [{_number(float(row.p20))}, {_number(float(row.p80))}]" if row.repeats > 1 else ""
+    return f"{_number(row.value)}{around}"
+
+
+def _with_unit(row: Row) -> str:
+    return _number(row.value, f" {row.unit}") if row.measured else _reason(row)
+
+
+def _duration(milliseconds: float) -> str:
+    return _number(milliseconds / 1e3, " s") if milliseconds >= 1e3 else _number(milliseconds, " ms")
+
+
+# -- faithfulness --------------------------------------------------------------------------------------------------------
+
+
+def faithfulness_tables() -> str:
+    """The perturbation, localisation and ablation tables, and which reconstruction of IBA was chosen."""
+    return "\n\n".join(
+        [
+            _case("perturbation", "positive", "negative", "AOPC", "LOdds"),
+            _case("localisation", "pixel accuracy", "mIoU", "mAP", "AUROC"),
+            _case("ablation", "positive", "negative", "AOPC", "LOdds"),
+            _chosen_reconstruction(),
+            _precision(),
+            f"In the same form: {', '.join(f'[{name}](bench/results/faithfulness/{name}/results.md)' for name in FURTHER)}. "
+            "All of it: `python -m bench.faithfulness`",
+        ]
+    )
+
+
+def _results(case: str) -> Results:
+    return Results.read(FAITHFULNESS / case / "results.json")
+
+
+def _case(case: str, *metrics: str) -> str:
+    """A case's table, with the columns of these metrics alone."""
+    results = _results(case)
+    shown = replace(results, columns=tuple(column for column in results.columns if column.metric in metrics))
+    (protocol,) = dict.fromkeys(column.protocol for column in shown.columns)
+    settings = results.settings
+    return (
+        f"**{protocol_title(protocol.partition(':')[0])}**: {settings['model']['name']}, {settings['data']['name']}, "
+        f"{results.timing['images']} images, forwards on changed images in {settings['dtype']}, {_place(results.environment)}."
+        f"\n\n{table(shown, protocol)}".rstrip()
+    )
+
+
+def _place(where: Mapping[str, object]) -> str:
+    return f"{where['device']}, {where['threads']} threads; {where['versions']}"
+
+
+def _chosen_reconstruction() -> str:
+    """Which of IBA's reconstructions is ahead on the half it is chosen on, and the same figures on the other half."""
+    parts = []
+    for case, half in (("iba_chosen_on_even", "the even-numbered 250 photos"), ("iba_reported_on_odd", "the odd-numbered 250")):
+        results = _results(case)
+        column = next(column for column in results.columns if column.metric == "AOPC")
+        figures = ", ".join(
+            f"{label.partition('=')[2]} {number(figure.mean, '.3f')} {interval(figure, '.3f')}"
+            for label in results.methods
+            if (figure := results.figure(label, column))
+        )
+        parts.append(f"on {half}: {figures}")
+    return f"**Which reconstruction of `iba`** was chosen, by AOPC ↑ {parts[0]}; reported {parts[1]}. Other figures: see below."
+
+
+def _precision() -> str:
+    """How far bfloat16 forwards move the figures."""
+    exact, narrow = _results("precision_float32"), _results("precision_bfloat16")
+    largest = {
+        column.metric: max(abs(exact.figure(label, column).mean - narrow.figure(label, column).mean) for label in exact.methods)
+        for column in exact.columns
+    }
+    moved = ", ".join(f"{metric} {value:.2g}" for metric, value in largest.items())
+    return (
+        f"**bfloat16 against float32** forwards, {exact.timing['images']} photos, {len(exact.methods)} maps: the largest "
+        f"difference of a figure is {moved}; {narrow.timing['changed_images_per_second']:.0f} against "
+        f"{exact.timing['changed_images_per_second']:.0f} changed images a second."
+    )
+
+
+# -- data sets -----------------------------------------------------------------------------------------------------------
+
+
+def dataset_table() -> str:
+    """Whole data sets: pace, waiting, memory; on a GPU, decoded and explained without writing."""
+    streams = [row for name in devices() for row in read_rows(results_path(name), case="data_sets", work=STREAM)]
+    text = []
+    for line in lines_of(row for row in streams if row.measured):
+        pace = line.figures["images per second"]
+        text.append(
+            f"{line.model}, {line.dtype}, batch {line.batch}, {pace.device}: {_number(pace.value)} images/s decoded and "
+            f"explained, {line.value('ratio to bare'):.0%} of a bare `attribute` loop."
+        )
+    return "\n".join([*run_table(), "", *(text or [f"On a GPU: {NOT_MEASURED}."]), "", "`python -m bench run data_sets`"])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "methods": method_table,
+    "coverage": coverage_table,
+    "faithfulness": faithfulness_tables,
+    "goals": goals_table,
+    "explanations": explanations_tables,
+    "resolution": resolution_tables,
+    "ablation": ablation_tables,
+    "cold_start": cold_start_tables,
+    "operations": operations_tables,
+    "dataset": dataset_table,
+}
+
+
+def rendered(text: str) -> str:
+    """The README with every marked part replaced."""
+    for name, part in PARTS.items():
+        pattern = rf"(<!-- {name}: generated by python -m bench table -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda match, part=part: f"{match[1]}{part()}\n{match[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"{README.name}: expected one marked part {name!r}, found {count}")
+    return text
