@@ -17,12 +17,15 @@ import sys
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from pathlib import Path
 
 import torch
 
 from .cases import CASES
 from .record import Row, device_name, read_rows, results_path, update
 from .registry import Case, Setting, Size
+
+WRITTEN_EVERY = 20.0  # seconds
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,13 +70,24 @@ def _run(options: argparse.Namespace) -> None:
             if time.perf_counter() - started > options.budget:
                 print(f"left out, the budget of {options.budget:g} s is spent: {case.name} {_named(size)}", flush=True)
                 continue
-            rows = []
-            for row in case.measure(size, setting):
-                print(line(row), flush=True)
-                rows.append(row)
-            if rows:
-                update(path, rows)  # at once: what comes later may fail
+            _measure(case, size, setting, path)
     print(path)
+
+
+def _measure(case: Case, size: Size, setting: Setting, path: Path) -> None:
+    """Measure one size; what there is so far is written from time to time, and in the end, however that comes."""
+    rows: list[Row] = []
+    written = time.perf_counter()
+    try:
+        for row in case.measure(size, setting):
+            print(line(row), flush=True)
+            rows.append(row)
+            if time.perf_counter() - written > WRITTEN_EVERY:
+                update(path, rows)
+                written = time.perf_counter()
+    finally:
+        if rows:
+            update(path, rows)
 
 
 def write_not_measured(cases: list[Case], name: str) -> str:

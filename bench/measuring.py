@@ -19,7 +19,7 @@ import torch
 from vitexplain.errors import is_out_of_memory
 
 from .peaks import peaks
-from .record import Row, spread, unmeasured
+from .record import Row, spread, unavailable, unmeasured
 from .registry import Case, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, _Timed, figure
 from .timing import cpu_sample, interleaved_ms
 
@@ -32,12 +32,13 @@ AGAIN = 5
 def measure(case: TimedCase, size: Size, setting: Setting, entries: Sequence[Entry] | None = None) -> Iterator[Row]:
     """All rows of a case at one size, as they come; of these entries alone, where the case measures some by itself."""
     device = setting.device
-    entries = [entry for entry in entries or case.entries(size, device.type) if setting.wants(entry)]
+    asked = case.entries(size, device.type) if entries is None else entries
+    entries = [entry for entry in asked if setting.wants(entry)]
     try:
         prepared = case.prepare(size, setting)
     except Unavailable as reason:
         for entry in entries:
-            yield case.row(entry, size, "time", "ms", unmeasured(str(reason)), device)
+            yield case.row(entry, size, *case.lead(entry), unavailable(reason), device)
         return
     timed: list[_Timed] = []
     for entry in entries:
@@ -52,13 +53,17 @@ def measure(case: TimedCase, size: Size, setting: Setting, entries: Sequence[Ent
         if reason is None:
             timed.append(_Timed(entry, call))
         else:
-            yield case.row(entry, size, "time", "ms", unmeasured(reason), device)
+            yield case.row(entry, size, *case.lead(entry), unmeasured(reason), device)
     baselines = [one for one in timed if one.entry.baseline]
     together = [one for one in timed if not one.entry.alone]
     for number, group in enumerate([together, *([*baselines, one] for one in timed if one.entry.alone)]):
         if not group:
             continue
-        samples = interleaved_ms([one.call for one in group], device, setting.seconds, setting.least)
+        calls = [one.call for one in group]
+        samples, reason = _attempt(lambda calls=calls: interleaved_ms(calls, device, setting.seconds, setting.least), device)
+        if reason is not None:
+            yield from (case.row(one.entry, size, *case.lead(one.entry), unmeasured(reason), device) for one in group)
+            continue
         by_entry = {one.entry: taken for one, taken in zip(group, samples, strict=True)}
         for one in group:
             if number and one.entry.baseline:
@@ -74,7 +79,7 @@ def _gated(case: Case, prepared: Prepared, entry: Entry, size: Size, device: tor
     """The rows of the gate, and whether what it guards may be timed."""
     check, reason = _attempt(lambda: prepared.check(entry), device)
     if reason is not None:
-        return [case.row(entry, size, "time", "ms", unmeasured(reason), device)], False
+        return [case.row(entry, size, *case.lead(entry), unmeasured(reason), device)], False
     if check is None:
         return [], True
     rows = [
@@ -91,7 +96,7 @@ def _attempt(action: Callable[[], Any], device: torch.device) -> tuple[Any, str 
     try:
         return action(), None
     except Unavailable as reason:
-        return None, str(reason)
+        return None, str(unavailable(reason)["p50"])
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -14,11 +14,12 @@ from vitexplain.environment import environment
 
 __all__ = [
     "NOT_MEASURED", "RESULTS", "Row", "device_name", "devices", "environment", "read_rows", "results_path", "spread",
-    "unmeasured", "update", "write_table_rows",
+    "unavailable", "unmeasured", "update", "write_table_rows",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
+UNAVAILABLE = "unavailable"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def unmeasured(reason: str = NOT_MEASURED) -> dict[str, object]:
     return {"p20": "", "p50": reason, "p80": "", "repeats": 0}
 
 
+def unavailable(reason: object) -> dict[str, object]:
+    """In the place of ``spread``: why it cannot be measured here, which says nothing about the provider."""
+    return unmeasured(f"{UNAVAILABLE}: {reason}")
+
+
 def device_name(device: torch.device) -> str:
     """``cpu``, or the GPU's name as a folder's."""
     if device.type == "cpu":
@@ -110,16 +116,24 @@ def results_path(name: str) -> Path:
 
 
 def update(path: Path, rows: Iterable[Row]) -> Path:
-    """Put figures into a file: a line that was there already is replaced where it stands, with all its metrics."""
+    """Put figures into a file: a line that was there already is replaced where it stands, with all its metrics.
+
+    A line that was measured before stays where now it could not be, for want of a package or of data.
+    """
     made: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         made.setdefault(row.line, []).append(row)
     kept: dict[tuple[object, ...], list[Row]] = {}
     for row in read_rows(path) if path.exists() else ():
         kept.setdefault(row.line, []).append(row)
+    made = {line: rows for line, rows in made.items() if line not in kept or not all(map(_is_unavailable, rows))}
     ordered = sorted((kept | made).values(), key=lambda line: (line[0].kind, line[0].case))  # stable: sizes as they came
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_table_rows(path, [asdict(row) for line in ordered for row in line])
+
+
+def _is_unavailable(row: Row) -> bool:
+    return row.p50.startswith(UNAVAILABLE)
 
 
 def write_table_rows(path: Path, rows: list[dict[str, object]]) -> Path:

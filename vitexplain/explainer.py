@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -486,12 +487,19 @@ class _Run:
         if not methods:
             return
         with frozen(self.anatomy):
-            if self.output is None:
-                with torch.no_grad():
-                    self.set_output(self.anatomy.run(self.inputs))
-            for method in methods:
-                for target in self.targets:
-                    self.add(method, method.values(self.anatomy, self.inputs, target))
+            for method in sorted(methods, key=lambda method: not method.one_forward):
+                if self.output is None and not method.one_forward:
+                    with torch.no_grad():
+                        self.set_output(self.anatomy.run(self.inputs))
+                self.add(method, method.values(self.anatomy, self.inputs, partial(self._target, 0)))
+                for number in range(1, len(self.targets)):
+                    self.add(method, method.values(self.anatomy, self.inputs, partial(self._target, number)))
+
+    def _target(self, number: int, output: Tensor | None) -> Target:
+        """One of the targets; the first output of all decides what they are."""
+        if self.output is None:
+            self.set_output(output)
+        return self.targets[number]
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -10,6 +10,5 @@ from .operations import Operations
 from .resolution import Resolution
 
 CASES: dict[str, Case] = {
-    case.name: case
-    for case in (Explanations(), Ablation(), Resolution(), Operations(), ColdStart(), Evaluations(), DataSets())
+    case.name: case for case in (Explanations(), Ablation(), Resolution(), Operations(), ColdStart(), Evaluations(), DataSets())
 }

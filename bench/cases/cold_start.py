@@ -18,7 +18,7 @@ import torch
 
 from vitexplain.kernels.launch import KernelVariant, architecture_of
 
-from ..record import Row, spread, unmeasured
+from ..record import Row, spread, unavailable
 from ..registry import EXPLANATION, MODEL_ITSELF, TORCH, TRITON, Case, Entry, Setting, Size
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -155,7 +155,7 @@ class ColdStart(Case):
         found: dict[str, dict[str, list[float]]] = {}  # by provider; all steps are of the same processes
         for entry in entries:
             if entry.work == COMPILER and find_spec("triton") is None:
-                yield self.row(entry, size, "time", "ms", unmeasured("triton is not installed"), device)
+                yield self.row(entry, size, "time", "ms", unavailable("triton is not installed"), device)
                 continue
             if entry.work in (LIBRARIES, COMPILER):
                 samples = [self._alone(entry, size) for _ in range(REPEATS)]

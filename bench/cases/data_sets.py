@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 from .. import data_set_runs as runs
-from ..record import Row, spread, unmeasured
+from ..record import Row, spread, unavailable
 from ..registry import DATA_SET, TRITON, Case, Entry, Setting, Size, Unavailable, ours
 
 GPU_MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
@@ -61,7 +61,7 @@ class DataSets(Case):
                         yield self.row(wanted[found.work], size, found.metric, found.unit, figures, setting.device)
             except Unavailable as reason:
                 for entry in asked:
-                    yield self.row(entry, size, *self.lead(entry), unmeasured(str(reason)), setting.device)
+                    yield self.row(entry, size, *self.lead(entry), unavailable(reason), setting.device)
 
     def _groups(self, size: Size, setting: Setting) -> Sequence[tuple[Sequence[str], Callable[[], Iterator[runs.Found]]]]:
         """Works and the measurement that finds figures of them."""

@@ -25,7 +25,7 @@ from vitexplain.sources import Source
 
 from ..data_set_runs import RUNS, data_folder, expect_data, made_photos, random_model
 from ..faithfulness import CASES
-from ..record import Row, unmeasured
+from ..record import Row, unavailable
 from ..registry import DENSE, EVALUATION, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, figure, ours
 
 WHOLE = "perturbation of the predicted class, all methods and controls"
@@ -138,7 +138,7 @@ class Evaluations(TimedCase):
             try:
                 timing = whole_evaluation(size, setting.device)
             except Unavailable as reason:
-                yield self.row(entry, size, *self.lead(entry), unmeasured(str(reason)), setting.device)
+                yield self.row(entry, size, *self.lead(entry), unavailable(reason), setting.device)
                 continue
             for metric in LEADS:
                 yield self.row(entry, size, metric, "1/s", figure(timing[metric.replace(" ", "_")]), setting.device)

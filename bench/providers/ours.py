@@ -16,7 +16,13 @@ from ..registry import Unavailable
 from .gate import Explain
 
 COMPILED, CUDA_GRAPH, CHECKPOINTED = "compiled", "CUDA graph", "checkpointed"
-SWITCHES = {COMPILED: "compile", CUDA_GRAPH: "cuda_graph", CHECKPOINTED: "checkpoint"}
+FLOAT32_RELEVANCE = "relevance in float32"
+SWITCHES: dict[str, dict[str, Any]] = {
+    COMPILED: {"compile": True},
+    CUDA_GRAPH: {"cuda_graph": True},
+    CHECKPOINTED: {"checkpoint": True},
+    FLOAT32_RELEVANCE: {"precision": "float32"},
+}
 CALLS_UNTIL_REPLAY = 3  # a captured call is itself only after some that prepare it
 
 
@@ -27,9 +33,10 @@ def switched(provider: str, *switches: str) -> str:
 
 def build(provider: str, model: nn.Module, method: str | tuple[str, ...], options: dict[str, Any]) -> Explainer:
     """The explainer that a provider's name stands for; ``Unavailable`` where the library refuses."""
-    switches = {SWITCHES[name]: True for name in provider.split(", ")[1:]}
+    for name in provider.split(", ")[1:]:
+        options = {**options, **SWITCHES[name]}
     try:
-        return vitexplain.Explainer(model, method, **switches, **options)
+        return vitexplain.Explainer(model, method, **options)
     except ExplanationError as reason:
         raise Unavailable(str(reason)) from reason
 

@@ -57,7 +57,7 @@ def test_the_compiler_is_measured_without_a_gpu(monkeypatch) -> None:
 def test_without_triton_the_compiler_has_no_figure(monkeypatch) -> None:
     monkeypatch.setattr(cold_start, "find_spec", lambda _: None)
     (row,) = CASE.measure(CASE.sizes("cpu")[1], Setting(CPU))
-    assert row.p50 == "triton is not installed"
+    assert row.p50 == "unavailable: triton is not installed"
 
 
 def test_a_gpu_has_both_ways_to_come_by_kernels() -> None:

@@ -64,7 +64,7 @@ def test_stages_that_need_no_photos(small, tmp_path: Path, monkeypatch) -> None:
     assert (found["write", "bytes an image"].repeats, found["write", "bytes an image"].threads) == (2, 1)
     assert found["source", "bytes an image"].value > 0
     absent = [row for row in rows if row.provider == "decoder"]
-    assert {row.p50 for row in absent} == {f"no imagenet_sample_500.npz in {tmp_path.name}"}
+    assert {row.p50 for row in absent} == {f"unavailable: no imagenet_sample_500.npz in {tmp_path.name}"}
     assert [(row.work, row.metric) for row in absent] == [
         ("decode photos", "images per second a core"), ("decode usual photos", "images per second a core"),
     ]  # fmt: skip
@@ -83,11 +83,15 @@ def test_a_run_without_data_or_packages_says_so(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setenv("VITEXPLAIN_BENCH_DATA", str(tmp_path))
     monkeypatch.setattr(data_set_runs, "expect_packages", lambda: None)
     (row,) = CASE.measure(WHOLE, Setting(CPU))
-    assert (row.metric, row.p50, row.measured) == ("images per second", f"no cifar10_jpeg.npz in {tmp_path.name}", False)
+    assert (row.metric, row.p50, row.measured) == (
+        "images per second",
+        f"unavailable: no cifar10_jpeg.npz in {tmp_path.name}",
+        False,
+    )
     monkeypatch.undo()
     monkeypatch.setattr(data_set_runs, "find_spec", lambda name: None if name == "zarr" else object())
     (row,) = CASE.measure(WHOLE, Setting(CPU))
-    assert row.p50 == "zarr is not installed"
+    assert row.p50 == "unavailable: zarr is not installed"
 
 
 def test_a_gpu_streams_photos_made_on_the_spot() -> None:

@@ -77,4 +77,4 @@ def test_without_data_every_line_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("VITEXPLAIN_BENCH_DATA", str(tmp_path))
     rows = [row for size in CASE.sizes("cpu") for row in CASE.measure(size, QUICK)]
     assert [(row.provider, row.metric) for row in rows] == [(TORCH, "time"), (DENSE, "time"), (TORCH, "images per second")]
-    assert {row.p50 for row in rows} == {f"no imagenet_sample_500.npz in {tmp_path.name}"}
+    assert {row.p50 for row in rows} == {f"unavailable: no imagenet_sample_500.npz in {tmp_path.name}"}

@@ -78,7 +78,7 @@ def test_an_error_that_is_no_number_does_not_pass(monkeypatch) -> None:
 
 def test_what_cannot_be_done_here_says_why_and_the_others_go_on() -> None:
     rows = list(measure(Toy((ABSENT, OURS)), SIZE, QUICK))
-    assert {name: row.p50 for name, row in _metrics(rows, ABSENT).items()}["time"] == "not installed"
+    assert {name: row.p50 for name, row in _metrics(rows, ABSENT).items()}["time"] == "unavailable: not installed"
     assert _metrics(rows, OURS)["time"].measured
 
 
@@ -87,7 +87,7 @@ def test_a_size_that_cannot_be_built_says_why_in_every_line(monkeypatch) -> None
         raise Unavailable("no such model")
 
     monkeypatch.setattr(Toy, "prepare", refuse)
-    assert [row.p50 for row in measure(Toy(), SIZE, QUICK)] == ["no such model"] * 2
+    assert [row.p50 for row in measure(Toy(), SIZE, QUICK)] == ["unavailable: no such model"] * 2
 
 
 def test_a_call_that_runs_out_of_memory_says_so_and_the_others_go_on(monkeypatch) -> None:

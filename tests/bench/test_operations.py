@@ -97,7 +97,7 @@ def test_a_rival_that_is_not_installed_says_so(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_colreduce", None)
     setting = Setting(CPU, 0.001, 2, works=(COLUMN_MEANS,), providers=(COLREDUCE,))
     rows = [row for row in CASE.measure(TINY, setting) if row.provider == NAIVE_COLREDUCE]
-    assert [row.p50 for row in rows] == ["flash-colreduce is not installed"] * 2
+    assert [row.p50 for row in rows] == ["unavailable: flash-colreduce is not installed"] * 2
 
 
 def test_on_a_gpu_tiled_torch_stands_beside_triton() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import record
-from bench.record import blank, devices, read_rows, results_path, spread, unmeasured, update
+from bench.record import blank, devices, read_rows, results_path, spread, unavailable, unmeasured, update
 
 from . import made_rows
 
@@ -87,3 +87,16 @@ def test_devices_are_folders_with_results(results) -> None:
     assert devices() == ["cpu", "nvidia-h200"]
     assert read_rows(results_path("cpu")) == [COMMON]
     assert record.device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_figure_stays_where_now_it_could_not_be_had_and_goes_where_now_it_is_bad(tmp_path) -> None:
+    path = tmp_path / "benchmark.csv"
+    update(path, [COMMON])
+    update(path, [replace(COMMON, **unavailable("captum is not installed"))])
+    assert read_rows(path) == [COMMON]
+    failed = replace(COMMON, **unmeasured("out of memory"))
+    update(path, [failed])
+    assert read_rows(path) == [failed]
+    absent = replace(COMMON, provider="another", **unavailable("not installed"))
+    update(path, [absent])
+    assert read_rows(path) == [failed, absent]

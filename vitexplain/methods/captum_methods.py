@@ -20,25 +20,46 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class CaptumMethod(Method):
-    """A method of captum's on pixels; it takes part in no walk, and runs the model by itself."""
+    """A method of captum's on pixels; it takes part in no walk, and runs the model by itself.
+
+    Class attributes:
+        one_forward: it runs the model once, on the images as they are, so that what is explained can be read off that run.
+    """
 
     uses_target: ClassVar[bool] = True
     resolution: ClassVar[str] = "pixels"
+    one_forward: ClassVar[bool] = False
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         _captum(self.name)
 
-    def values(self, anatomy: Anatomy, images: Tensor, target: Target) -> Tensor:
-        """Values (B, 1, h, w), summed over channels."""
+    def values(self, anatomy: Anatomy, images: Tensor, target_of: Callable[[Tensor | None], Target]) -> Tensor:
+        """Values (B, 1, h, w), summed over channels.
 
+        ``target_of``: what is explained, given the model's output (B, C); without it where ``one_forward`` is not set.
+        """
+        with torch.enable_grad():
+            if self.one_forward:
+                attributions = self.attribute(_captum(self.name), self._scalars_of_one_forward(anatomy, target_of), images, ())
+            else:
+                attributions = self._of_known_target(anatomy, images, target_of(None))
+        return attributions.detach().sum(1, keepdim=True)
+
+    def _of_known_target(self, anatomy: Anatomy, images: Tensor, target: Target) -> Tensor:
         def scalars(pixels: Tensor, classes: Tensor | None = None) -> Tensor:
             return Target(classes, target.score, target.column).value(anatomy.run(pixels))
 
         extra = () if target.classes is None else (target.classes,)
-        with torch.enable_grad():
-            attributions = self.attribute(_captum(self.name), scalars, images, extra)
-        return attributions.detach().sum(1, keepdim=True)
+        return self.attribute(_captum(self.name), scalars, images, extra)
+
+    @staticmethod
+    def _scalars_of_one_forward(anatomy: Anatomy, target_of: Callable[[Tensor | None], Target]) -> Callable[[Tensor], Tensor]:
+        def scalars(pixels: Tensor) -> Tensor:
+            outputs = anatomy.run(pixels)
+            return target_of(outputs).value(outputs)
+
+        return scalars
 
     @abstractmethod
     def attribute(self, captum: Any, scalars: Callable[..., Tensor], images: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
@@ -53,6 +74,7 @@ class InputXGradient(CaptumMethod):
     title: ClassVar[str] = "Input × gradient"
     paper: ClassVar[str] = "Not Just a Black Box (2016); by captum"
     cost: ClassVar[str] = "forward + backward"
+    one_forward: ClassVar[bool] = True
 
     def attribute(self, captum: Any, scalars: Callable[..., Tensor], images: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
         return captum.InputXGradient(scalars).attribute(images.clone().requires_grad_(), additional_forward_args=extra or None)

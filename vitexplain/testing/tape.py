@@ -230,5 +230,5 @@ class Relevance:
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     """a / b with a guard of 1e-9 on b, 0 where b is 0."""
     guarded = denominator + 1e-9
-    guarded = guarded + (guarded == 0) * 1e-9
+    guarded = guarded.where(guarded != 0, 1e-9)
     return numerator / guarded * (denominator != 0)
