@@ -7,6 +7,7 @@ writes over its outputs as a graph does, stands in for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import vitexplain
 from vitexplain import InputError, UnsupportedModelError, cuda_graphs, explainer
-from vitexplain.cuda_graphs import GraphCache
+from vitexplain.cuda_graphs import CannotBeCapturedError, GraphCache
 
 from .conftest import MODEL_SHAPES, build_model, images_for
 
@@ -25,10 +26,13 @@ class Recording:
     """In the place of ``CapturedCall``."""
 
     made = 0
+    places: ClassVar[set[object]] = set()
 
-    def __init__(self, call: Callable, inputs: Sequence[Tensor | None], device: torch.device, pool: object = None) -> None:
-        assert pool is not None, "captured calls share their memory"
+    def __init__(
+        self, call: Callable, inputs: Sequence[Tensor | None], device: torch.device, pool: object = None, stream: object = None
+    ) -> None:
         type(self).made += 1
+        type(self).places.add((pool, stream))
         self.call, self.device = call, device
         self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         self.outputs = {name: tensor.clone() for name, tensor in call(*self.inputs).items()}
@@ -42,12 +46,29 @@ class Recording:
         return self.outputs
 
 
+class Place:
+    """In the place of a device's memory and stream."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, device: torch.device) -> None:  # noqa: ARG002
+        self.pool, self.stream = object(), object()
+
+    def wait(self) -> None:
+        self.log.append("wait")
+
+    def finished(self) -> None:
+        self.log.append("finished")
+
+
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     monkeypatch.setattr(cuda_graphs, "CapturedCall", Recording)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(cuda_graphs, "_Place", Place)
     monkeypatch.setattr(explainer, "REPLAYED_ON", "cpu")
     Recording.made = 0
+    Recording.places.clear()
+    Place.log.clear()
     return Recording
 
 
@@ -66,6 +87,8 @@ def test_the_call_that_was_not_used_for_longest_goes_first(recordings: type[Reco
         cache(key, lambda x: {"y": x}, (torch.ones(key),), CPU)
     assert len(cache) == 2
     assert recordings.made == 3
+    assert len(recordings.places) == 1, "captured calls share their memory and their stream"
+    assert Place.log == ["wait", "finished"] * 5, "no call begins before the last one's results are copied"
     cache(2, lambda x: {"y": x}, (torch.ones(2),), CPU)
     assert recordings.made == 4
 
@@ -135,7 +158,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch: pytest.MonkeyPatch, rec
     explainer = vitexplain.Explainer(model, "gmar", cuda_graph=True)
 
     def fails(*_: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise CannotBeCapturedError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recordings, "__init__", fails)
     with pytest.raises(UnsupportedModelError, match="cuda_graph: VisionTransformer cannot be captured: operation not permitted"):
@@ -153,6 +176,27 @@ def test_where_there_is_no_gpu_and_nothing_to_replay_it_is_said() -> None:
     model = build_model(**MODEL_SHAPES["class_token_n17"])
     with pytest.raises(InputError, match="expected a model on a GPU, received one on cpu"):
         vitexplain.explain(model, images_for(model, 1), cuda_graph=True)
-    for options in ({"backend": "dense"}, {"method": "smoothgrad"}):
-        with pytest.raises(InputError, match="cuda_graph: expected a model of images"):
-            vitexplain.Explainer(model, **options, cuda_graph=True)
+    for options in ({"backend": "dense"}, {"method": ["tokentm", "smoothgrad"]}):
+        for switch in ("cuda_graph", "compile", "checkpoint"):
+            with pytest.raises(InputError, match=f"{switch}: expected this library's own methods and kernels"):
+                vitexplain.Explainer(model, **options, **{switch: True})
+
+
+@pytest.mark.usefixtures("recordings")
+def test_a_graph_serves_inside_inference_mode_and_outside() -> None:
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 2)
+    explainer = vitexplain.Explainer(model, "gmar", cuda_graph=True)
+    with torch.inference_mode():
+        inside = explainer.attribute(images.clone())
+    assert torch.equal(explainer.attribute(images).maps, inside.maps)
+
+
+def test_a_buffer_in_another_place_is_captured_anew(recordings: type[Recording]) -> None:
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    model.register_buffer("table", torch.zeros(3))
+    explainer = vitexplain.Explainer(model, "gmar", cuda_graph=True)
+    explainer.attribute(images_for(model, 2))
+    model.table = torch.ones(3)
+    explainer.attribute(images_for(model, 2))
+    assert recordings.made == 2

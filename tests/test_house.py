@@ -21,8 +21,8 @@ LEVELS = [
     {"tap", "targets", "heatmap"},
     {"models", "fused_attention"},
     {"kernels"},
-    {"compiled", "checkpoint", "cuda_graphs"},
-    {"errors", "messages", "files", "capture", "options", "environment", "processes"},
+    {"compiled", "checkpoint", "cuda_graphs", "capture"},
+    {"errors", "messages", "files", "options", "environment", "processes"},
 ]
 FREE = {"testing", "__init__", "assets"}  # the reference stands beside the house; the package's front door sees all
 LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import vitexplain
 from vitexplain import Anatomy, InputError, UnsupportedModelError
-from vitexplain.methods import own_methods
-from vitexplain.models import BlockAnatomy
+from vitexplain.methods import GMAR, TokenTM, own_methods
+from vitexplain.models import BlockAnatomy, read_anatomy
+from vitexplain.relevance import Trace
+from vitexplain.tap import BlockTrace
 from vitexplain.testing import relative_error
 
 from .conftest import MODEL_SHAPES, build_model, images_for
+from .test_families import CASES, taken
 
 SHAPES = ("class_token_n17", "mean_pooling", "attention_pooling")
 TOLERANCE = 1e-5  # float32, other order of summation
@@ -84,6 +87,39 @@ class _Kept:
         self.count.now -= self.size
 
 
+class _AddsInPlace(nn.Module):
+    """A block that changes its tokens in place, as some do."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.attn = block, block.attn
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        added = self.attn(self.block.norm1(tokens))
+        tokens = tokens.clone()
+        tokens += added
+        return tokens + self.block.mlp(self.block.norm2(tokens))
+
+
+def test_relevance_of_blocks_that_add_in_place() -> None:
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 2)
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = _AddsInPlace(block)
+    anatomy = Anatomy(
+        model=model,
+        blocks=tuple(BlockAnatomy(block, block.attn) for block in model.blocks),
+        num_classes=model.num_classes,
+        head=lambda tokens: model.forward_head(model.norm(tokens)),
+        grid=lambda height, width: (height // 8, width // 8),
+    )
+    found, plain = (
+        vitexplain.explain(model, images, method="transformer_attribution", anatomy=anatomy, checkpoint=checkpoint)
+        for checkpoint in (True, False)
+    )
+    assert relative_error(_values(found), _values(plain)) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["tokentm", "gmar"])
 def test_a_checkpointed_model_keeps_the_input_of_each_block_and_the_inside_of_one(method: str) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=8).eval()
@@ -94,6 +130,22 @@ def test_a_checkpointed_model_keeps_the_input_of_each_block_and_the_inside_of_on
             vitexplain.explain(model, images, method=method, checkpoint=checkpoint)
         most[checkpoint] = saved.most
     assert most[True] < most[False] / 3
+
+
+def test_a_checkpointed_block_lets_go_of_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    step = GMAR.step
+
+    def counting(self: GMAR, state: object, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> object:
+        held.append(sum(other.query is not None for other in trace.blocks))
+        return step(self, state, trace, block, grad_out)
+
+    monkeypatch.setattr(GMAR, "step", counting)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=5).eval()
+    for checkpoint, expected in ((False, [5] * 5), (True, [1, 2, 2, 2, 2])):
+        held.clear()
+        vitexplain.explain(model, torch.randn(1, 3, 32, 32), method="gmar", checkpoint=checkpoint)
+        assert held == expected, "the last block's, which is not run again, and the one that is being run again"
 
 
 class _TakesAWhole(nn.Module):
@@ -211,6 +263,86 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     model.blocks[0].forward = lambda tokens: own(tokens)
     with pytest.raises(UnsupportedModelError, match="one that was set on a block"):
         vitexplain.explain(model, images, compile=True)
+    with pytest.raises(InputError, match="compile: expected a method without rules of its own"):
+        vitexplain.Explainer(model, ["lrp", "conservative_lrp"], compile=True)
+
+
+def test_hooks_where_a_branch_is_read_are_refused(eager_compiler: None) -> None:  # noqa: ARG001
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 1)
+    read_anatomy(model).blocks[0].branches.mlp_output.register_forward_hook(lambda _m, _i, out: 2 * out)
+    with pytest.raises(UnsupportedModelError, match="without hooks and with its class's forward"):
+        vitexplain.explain(model, images, compile=True)
+    found, plain = (vitexplain.explain(model, images, method="gmar", compile=compiled) for compiled in (True, False))
+    assert relative_error(_values(found), _values(plain)) < TOLERANCE
+
+
+def test_hooks_are_run_whenever_they_come(eager_compiler: None) -> None:  # noqa: ARG001
+    """Compiled code is shared by all models of a class, with hooks or without."""
+    model, other = (build_model(**MODEL_SHAPES["class_token_n17"]) for _ in range(2))
+    images = images_for(model, 2)
+    before = vitexplain.explain(model, images, method="gmar", compile=True)
+    other.blocks[1].attn.proj.register_forward_hook(lambda _m, _i, out: -out)
+    for explained in (other, model, other):
+        found, plain = (vitexplain.explain(explained, images, method="gmar", compile=compiled) for compiled in (True, False))
+        assert relative_error(_values(found), _values(plain)) < TOLERANCE
+    assert not torch.equal(_values(found), _values(before))
+
+
+def test_another_forward_of_the_class_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, eager_compiler: None) -> None:  # noqa: ARG001
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 2)
+    before = vitexplain.explain(model, images, method="gmar", compile=True)
+    kind = type(model.blocks[0])
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, tokens, **more: 2 * own(self, tokens, **more))
+    found, plain = (vitexplain.explain(model, images, method="gmar", compile=compiled) for compiled in (True, False))
+    assert relative_error(_values(found), _values(plain)) < TOLERANCE
+    assert not torch.equal(_values(found), _values(before))
+
+
+def test_compiled_blocks_serve_one_target_then_several_and_several_scores(eager_compiler: None) -> None:  # noqa: ARG001
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    images = images_for(model, 2)
+    methods = {"logit": "tokentm", "probability": TokenTM(score="probability"), "attcat": "attcat"}
+    plain, explainer = vitexplain.Explainer(model, methods), vitexplain.Explainer(model, methods, compile=True)
+    for count, target in ((2, None), (2, "top3"), (1, None), (2, 1)):
+        expected, found = plain.attribute(images[:count], target), explainer.attribute(images[:count], target)
+        for label in methods:
+            assert relative_error(found[label].maps, expected[label].maps) < TOLERANCE
+
+
+def test_nothing_stays_behind_where_a_compiled_block_fails(monkeypatch: pytest.MonkeyPatch, eager_compiler: None) -> None:  # noqa: ARG001
+    model = build_model(**MODEL_SHAPES["class_token_n17"])
+    attributes = [set(module.__dict__) for module in model.modules()]
+
+    class Broken(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:  # noqa: ARG002
+            raise KeyError("broken")
+
+    act = model.blocks[1].mlp.act
+    model.blocks[1].mlp.act = Broken()
+    with pytest.raises(KeyError):
+        vitexplain.explain(model, images_for(model, 1), compile=True)
+    model.blocks[1].mlp.act = act
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch._functorch.config.donated_buffer
+
+
+@pytest.mark.parametrize("switch", ["compile", "checkpoint"])
+@pytest.mark.parametrize(
+    "name",
+    ["torchvision ViT", "transformers BERT, padded texts", "timm BEiT (relative position bias)", "timm EVA-02 (RoPE, SwiGLU)"],
+)
+def test_other_families(name: str, switch: str, eager_compiler: None) -> None:  # noqa: ARG001
+    case = CASES[name]
+    pytest.importorskip(case.package, reason=f"{case.package} is an extra, and is not installed")
+    model, inputs, score = case.model(torch.float32), case.inputs(torch.float32), case.score()
+    methods = taken(case, ["gmar", "iba", "attcat", "transformer_attribution"])
+    found, plain = (vitexplain.explain(model, inputs, method=methods, score=score, **{switch: on}) for on in (True, False))
+    for method in methods:
+        assert relative_error(_values(found[method]), _values(plain[method])) < TOLERANCE, method
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import vitexplain
 from vitexplain import InputError, UnsupportedModelError
-from vitexplain.cuda_graphs import _no_synchronisation
+from vitexplain.cuda_graphs import no_synchronisation
 from vitexplain.methods import own_methods
 from vitexplain.testing import DenseReference
 
@@ -55,7 +55,7 @@ def test_without_checks_nothing_waits_for_the_gpu(options: dict[str, bool]) -> N
     explainer = vitexplain.Explainer(model, PLAIN, **options)
     target = torch.tensor([1, 2], device="cuda")
     explainer.attribute(images, target)
-    with _no_synchronisation():
+    with no_synchronisation():
         explainer.attribute(images, target, check_values=False)
 
 
@@ -63,7 +63,7 @@ def test_replayed_calls_wait_for_nothing_and_check_at_the_end() -> None:
     model, images = _model_and_images("class_token_n17")
     explainer = vitexplain.Explainer(model, "tokentm", cuda_graph=True)
     explainer.attribute(images)
-    with _no_synchronisation():
+    with no_synchronisation():
         explainer.attribute(images, check_values=False)
     for wrong in (images * float("nan"), images.sign() * 3e38):
         with pytest.raises(InputError, match="expected finite"):
@@ -94,3 +94,46 @@ def test_checkpointing_takes_a_fraction_of_the_memory() -> None:
         explainer.attribute(images)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"checkpoint": True}, {"cuda_graph": True}, {"checkpoint": True, "cuda_graph": True}], ids=str
+)
+def test_relevance_is_the_same_however_it_is_run(options: dict[str, bool]) -> None:
+    model, images = _model_and_images("class_token_n17")
+    methods = ["transformer_attribution", "partial_lrp", "conservative_lrp"]
+    plain = vitexplain.Explainer(model, methods).attribute(images)
+    explainer = vitexplain.Explainer(model, methods, **options)
+    for _ in range(2):
+        found = explainer.attribute(images)
+    for name in methods:
+        assert rms_error(found[name].maps, plain[name].maps) < 1e-3, name
+    with no_synchronisation():
+        explainer.attribute(images, check_values=False)
+
+
+def test_streams_that_replay_one_graph_wait_for_each_other() -> None:
+    model, images = _model_and_images("class_token_n17")
+    explainer = vitexplain.Explainer(model, "tokentm", cuda_graph=True)
+    batches = [images * factor for factor in torch.linspace(0.2, 2, 24).tolist()]
+    expected = [vitexplain.explain(model, batch).maps for batch in batches]
+    explainer.attribute(images)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(4)], []
+    for number, batch in enumerate(batches):
+        with torch.cuda.stream(streams[number % 4]):
+            found.append(explainer.attribute(batch, check_values=False).maps)
+    torch.cuda.synchronize()
+    for ours, exact in zip(found, expected, strict=True):
+        assert rms_error(ours, exact) < 1e-4
+
+
+def test_graphs_of_several_shapes_share_their_memory() -> None:
+    model = timm.create_model("vit_small_patch16_224").eval().to("cuda", torch.bfloat16)
+    explainer = vitexplain.Explainer(model, "tokentm", cuda_graph=True)
+    reserved = []
+    for count in (64, 63, 62, 61):
+        explainer.attribute(torch.randn(count, 3, 224, 224, device="cuda", dtype=torch.bfloat16))
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] < 1.6 * reserved[0]

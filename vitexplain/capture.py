@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .errors import InputError
+
 _UNSEEN: ContextVar[bool] = ContextVar("vitexplain_unseen_values", default=False)
 _Check = tuple[Tensor, Callable[[], Exception]]
 _LATER: ContextVar[list[_Check] | None] = ContextVar("vitexplain_checks_for_later", default=None)
@@ -29,18 +31,23 @@ def without_looking() -> Iterator[None]:
         _UNSEEN.reset(token)
 
 
-def expect(holds: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise ``error()`` where ``holds``, a boolean scalar, is false.
+def expect(holds: Callable[[], Tensor], device: torch.device, error: Callable[[], Exception]) -> None:
+    """Raise ``error()`` where ``holds()``, a boolean scalar on the device, is false.
 
     On a CPU at once; on a GPU, where a look waits for all work before it, at the end of ``looking_once``.
     """
-    if unseen(holds.device):
+    if unseen(device):
         return
     later = _LATER.get()
-    if later is not None and holds.device.type != "cpu":
-        later.append((holds, error))
-    elif not holds:
+    if later is not None and device.type != "cpu":
+        later.append((holds(), error))
+    elif not holds():
         raise error()
+
+
+def expect_finite(values: Tensor, message: str) -> None:
+    """Raise ``InputError`` where any value is NaN or infinite; see ``expect``."""
+    expect(lambda: torch.isfinite(values).all(), values.device, lambda: InputError(message))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, UnsupportedModelError
+from .messages import brief
 
 MODES = ("default", "max-autotune-no-cudagraphs")
+MOST_VARIANTS = 64  # of one class of block: shapes, element types, with and without a gradient
 _REPORT = "_vitexplain_report"
 
 
@@ -34,9 +36,34 @@ def check_mode(mode: Any) -> str | None:
     return mode
 
 
-@cache
-def _compiled(kind: type[nn.Module], mode: str) -> Callable[..., Any]:
-    return torch.compile(kind.forward, mode=mode)
+@contextmanager
+def compiling(mode: str | None) -> Iterator[None]:
+    """The compiler's settings that an explanation needs, forward and backward; none where nothing is compiled."""
+    if mode is None:
+        yield
+        return
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with (
+        # code is shared by all models of a class: one with hooks inside its blocks must get code of its own
+        torch._dynamo.config.patch(
+            skip_nnmodule_hook_guards=False, recompile_limit=MOST_VARIANTS, fail_on_recompile_limit_hit=True
+        ),
+        # a backward for each target goes over the same graph
+        torch._functorch.config.patch(donated_buffer=False),
+    ):
+        torch.backends.mha.set_fastpath_enabled(False)  # no call of attention would be seen
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@lru_cache(maxsize=32)
+def _compiled(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    return torch.compile(forward, mode=mode)
 
 
 def run_compiled(forward: Callable[..., Any], mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,13 +75,18 @@ def run_compiled(forward: Callable[..., Any], mode: str, args: tuple[Any, ...], 
     block = getattr(forward, "__self__", None)
     if block is None or getattr(forward, "__func__", None) is not type(block).forward:
         raise UnsupportedModelError("compile: expected blocks with their class's forward, received one that was set on a block")
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     try:
         with torch.compiler.set_stance("default"):
-            return _compiled(type(block), mode)(block, *args, **kwargs)
+            return _compiled(forward.__func__, mode)(block, *args, **kwargs)
+    except FailOnRecompileLimitHit as error:
+        raise UnsupportedModelError(
+            f"compile: expected at most {MOST_VARIANTS} shapes and settings for the blocks of {type(block).__name__}, received "
+            "one more; torch.compiler.reset() forgets the others"
+        ) from error
     except TorchDynamoException as error:
-        raise UnsupportedModelError(f"compile: {type(block).__name__} cannot be compiled: {error}") from error
+        raise UnsupportedModelError(f"compile: {type(block).__name__} cannot be compiled: {brief(error)}") from error
 
 
 @contextmanager
@@ -88,14 +120,28 @@ def _report_output(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def reporting(takes: nn.Module, returns: nn.Module) -> Iterator[None]:
-    """Have one module keep its input and another its output, for ``reported``."""
-    with (
-        forward_replaced(takes, MethodType(_report_input, takes)),
-        forward_replaced(returns, MethodType(_report_output, returns)),
-    ):
-        yield
+    """Have one module keep its input and another its output, for ``reported`` inside this context.
+
+    Raises:
+        UnsupportedModelError: what they return is changed from outside their class.
+    """
+    for module in (takes, returns):
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModelError(
+                f"compile: expected {type(module).__name__} inside a block without hooks and with its class's forward, received "
+                "one with a hook or a forward of its own"
+            )
+    try:
+        with (
+            forward_replaced(takes, MethodType(_report_input, takes)),
+            forward_replaced(returns, MethodType(_report_output, returns)),
+        ):
+            yield
+    finally:
+        for module in (takes, returns):
+            module.__dict__.pop(_REPORT, None)
 
 
 def reported(module: nn.Module) -> Tensor | None:
-    """What a module has kept, once; None where it was not called."""
-    return module.__dict__.pop(_REPORT, None)
+    """What a module has kept; None where it was not called."""
+    return module.__dict__.get(_REPORT)

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .errors import is_out_of_memory
+from .messages import brief
+
 Call = Callable[..., dict[str, Tensor]]
+
+
+class CannotBeCapturedError(RuntimeError):
+    """A call does something that no CUDA graph can hold: it waits for the GPU, above all."""
 
 
 class CapturedCall:
@@ -20,26 +27,40 @@ class CapturedCall:
         inputs: of the shapes and types of all calls to come; None stays None.
         device: the GPU.
         pool: memory that several captured calls share, which are never replayed at the same time.
+        stream: that it is captured on; one and the same for all that share a pool.
 
     Raises:
-        RuntimeError: the call cannot be captured, because it waits for the GPU, above all.
+        CannotBeCapturedError: it cannot.
     """
 
     def __init__(
-        self, call: Call, inputs: Sequence[Tensor | None], device: torch.device, pool: tuple[int, int] | None = None
+        self,
+        call: Call,
+        inputs: Sequence[Tensor | None],
+        device: torch.device,
+        pool: tuple[int, int] | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                call(*self._inputs)  # compiles and chooses what it needs
-                with _no_synchronisation():
-                    call(*self._inputs)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._outputs = call(*self._inputs)
+        try:
+            with torch.cuda.device(device):
+                self._outputs = self._capture(call, pool, torch.cuda.Stream(device) if stream is None else stream)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise CannotBeCapturedError(brief(error)) from error
+
+    def _capture(self, call: Call, pool: tuple[int, int] | None, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            call(*self._inputs)  # compiles and chooses what it needs
+            with no_synchronisation():
+                call(*self._inputs)
+        current.wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            return call(*self._inputs)
 
     def __call__(self, *inputs: Tensor | None) -> dict[str, Tensor]:
         """What the call returns for these inputs; the next call writes over it."""
@@ -60,7 +81,7 @@ class GraphCache:
     def __init__(self, most: int = 4) -> None:
         self._most = most
         self._calls: OrderedDict[Hashable, CapturedCall] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self._place: _Place | None = None
 
     def __call__(self, key: Hashable, call: Call, inputs: Sequence[Tensor | None], device: torch.device) -> dict[str, Tensor]:
         """What ``call`` returns for these inputs, as tensors of their own.
@@ -70,23 +91,47 @@ class GraphCache:
             call, inputs, device: see ``CapturedCall``.
 
         Raises:
-            RuntimeError: the call cannot be captured.
+            CannotBeCapturedError: it cannot.
         """
+        if self._place is None or not self._calls:
+            self._place = _Place(device)
+        place = self._place
+        place.wait()
         if key not in self._calls:
-            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
             while len(self._calls) >= self._most:
                 self._calls.popitem(last=False)
-            self._calls[key] = CapturedCall(call, inputs, device, self._pool)
+            self._calls[key] = CapturedCall(call, inputs, device, place.pool, place.stream)
         self._calls.move_to_end(key)
-        return {name: tensor.clone() for name, tensor in self._calls[key](*inputs).items()}
+        outputs = {name: tensor.clone() for name, tensor in self._calls[key](*inputs).items()}
+        place.finished()
+        return outputs
 
     def __len__(self) -> int:
         return len(self._calls)
 
 
+class _Place:
+    """Memory and stream of one device's captured calls, and when the last of them was done: they must not overlap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._done: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Have the current stream wait for the last call, which another stream may have made."""
+        if self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)
+
+    def finished(self) -> None:
+        """The last call's results are copied, as far as the current stream is concerned."""
+        self._done = torch.cuda.Event() if self._done is None else self._done
+        self._done.record(torch.cuda.current_stream(self.device))
+
+
 @contextmanager
-def _no_synchronisation() -> Iterator[None]:
-    """Refuse, with a RuntimeError, what waits for the GPU: it could not be captured."""
+def no_synchronisation() -> Iterator[None]:
+    """Refuse, with a RuntimeError, what waits for the GPU, in every thread of the process: it could not be captured."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "timm", "numpy")
+ABSENT = "absent"
 
 
-def environment(device: torch.device, packages: tuple[str, ...] = PACKAGES) -> dict[str, object]:
-    """``device``, ``threads`` and ``versions``, as they stand beside every figure."""
+def environment(device: torch.device, packages: tuple[str, ...] = PACKAGES, optional: tuple[str, ...] = ()) -> dict[str, object]:
+    """``device``, ``threads`` and ``versions``, as they stand beside every figure; optional packages where installed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    listed = ", ".join(f"{package} {number}" for package, number in versions(packages).items())
+    found = versions(packages) | {package: number for package, number in versions(optional).items() if number != ABSENT}
+    listed = ", ".join(f"{package} {number}" for package, number in found.items())
     return {"device": name, "threads": torch.get_num_threads(), "versions": listed}
 
 
@@ -29,7 +31,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "absent"
+        return ABSENT
 
 
 def _processor() -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import expect, looking_once, without_looking
+from .capture import expect, expect_finite, looking_once, without_looking
 from .compiled import check_mode
-from .cuda_graphs import GraphCache
-from .errors import InputError, UnsupportedModelError, is_out_of_memory
+from .cuda_graphs import CannotBeCapturedError, GraphCache
+from .errors import InputError, UnsupportedModelError
 from .explanation import TENSORS, Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
-from .messages import brief
 from .methods import CaptumMethod, Method, MethodChoice, build_methods
 from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
@@ -56,12 +56,15 @@ class Explainer:
             of that name of the methods that have one.
         anatomy: a description of the model, for one of no known family.
         compile: run the model's blocks as ``torch.compile`` makes them: True, or one of its modes, ``"default"`` or
-            ``"max-autotune-no-cudagraphs"``. Each new shape of input takes the compiler's time once. Relevance passes (LRP and
-            its kin) have rules of their own in the place of what would be compiled, and run as they are.
-        checkpoint: keep the input alone of every block, and run the block again when the gradient reaches it: a second forward
-            for each target, for a fraction of the memory.
+            ``"max-autotune-no-cudagraphs"``. New shapes of input take the compiler's time. The last block, where it is run on
+            the head's rows alone, and relevance passes (LRP and its kin), which have rules in the place of what would be
+            compiled, run as they are.
+        checkpoint: keep the input alone of every block but the last, and run the block again when the gradient reaches it: a
+            second forward for each target, for a fraction of the memory. Methods without a gradient in the same call keep
+            query, key and value of every block.
         cuda_graph: capture the whole explanation in a CUDA graph for each shape of input and form of target, and replay it from
-            then on; the four last used are kept, and with them the memory that they work in.
+            then on; the four last used are kept, and with them the memory that they work in. Weights may change in between;
+            what the model's code does, hooks among it, may not.
         **options: the methods' options; each goes to every named method that has it.
 
     Raises:
@@ -99,7 +102,8 @@ class Explainer:
         self.anatomy = read_anatomy(model) if anatomy is None else _described(model, anatomy)
         self._several = not isinstance(method, str | Method)
         self._check_methods()
-        self._graphs = self._graph_cache() if _flag("cuda_graph", cuda_graph) else None
+        self._check_switches(cuda_graph)
+        self._graphs = GraphCache() if cuda_graph else None
 
     def attribute(
         self, inputs: Tensor | Mapping[str, Tensor], target: Any = None, *, check_values: bool = True
@@ -112,8 +116,9 @@ class Explainer:
             target: class to explain: None for the predicted one, an int, a list or tensor (B,), or (B, K) for several
                 classes an image, which share the forward; ``"top3"`` for the three with the largest logits, ``"top1"`` with an
                 axis of one. None where a ``score`` says what is explained.
-            check_values: refuse images, logits and classes that are not finite or out of range. Without it a GPU is never
-                waited for, and what is not finite shows in the maps; a target is None, ``"topK"``, or a tensor on the device.
+            check_values: refuse images, logits and classes that are not finite or out of range; a GPU is waited for once, at
+                the end. Without it never; what is not finite shows in the maps, a class out of range stands for the nearest one,
+                and a target is None, ``"topK"``, or a tensor on the device.
 
         A whole call on images can also be captured in a CUDA graph of the caller's, after one that was not; nothing is then
         checked that needs a look at values.
@@ -161,7 +166,7 @@ class Explainer:
         if images.dtype != parameter.dtype and not (autocast and images.is_floating_point()):
             raise InputError(f"images: expected dtype {parameter.dtype} (the model's), received {images.dtype}")
         self.anatomy.check_image_size(*images.shape[1:])
-        expect(torch.isfinite(images).all(), lambda: InputError("images: expected finite values, received NaN or infinity"))
+        expect_finite(images, "images: expected finite values, received NaN or infinity")
         self.check_backend(images.device)
         return images.detach()
 
@@ -184,9 +189,13 @@ class Explainer:
                 raise InputError(f"{name}: expected device {device} (the model's), received {tensor.device}")
         self.anatomy.check_tokens(ids)
         mask = self.anatomy.token_mask(inputs) if self.anatomy.token_mask is not None else None
-        if mask is not None and not bool(mask[:, 0].all()):
-            raise InputError(
-                "attention_mask: expected every text's first token, which the head reads, to take part; one does not"
+        if mask is not None:
+            expect(
+                mask[:, 0].all,
+                device,
+                lambda: InputError(
+                    "attention_mask: expected every text's first token, which the head reads, to take part; one does not"
+                ),
             )
         self.check_backend(device)
         return inputs
@@ -208,24 +217,24 @@ class Explainer:
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        self._expect_finite(output)
+        _expect_finite_logits(output)
         return output
 
-    def _expect_finite(self, output: Tensor) -> None:
-        expect(
-            torch.isfinite(output).all(),
-            lambda: InputError(f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})"),
-        )
+    def _check_switches(self, cuda_graph: Any) -> None:
+        """What is asked for is done, or refused."""
+        switches = {"compile": self.compile_mode, "checkpoint": self.checkpoint, "cuda_graph": _flag("cuda_graph", cuda_graph)}
+        foreign = [method.name for method in self.methods if isinstance(method, CaptumMethod)]
+        for name in (name for name, value in switches.items() if value):
+            if self.backend == "dense" or foreign:
+                received = f"methods by captum ({', '.join(foreign)})" if foreign else "backend 'dense'"
+                raise InputError(f"{name}: expected this library's own methods and kernels, received {received}")
+        if self.compile_mode and all(method.rules is not None and not method.uses_gradient for method in self.methods):
+            named = ", ".join(method.name for method in self.methods)
+            raise InputError(f"compile: expected a method without rules of its own for a relevance pass, received {named}")
+        if cuda_graph and self.anatomy.is_text:
+            raise InputError("cuda_graph: expected a model of images, received one of text, whose work depends on its padding")
 
     # -- replayed ----------------------------------------------------------------------------------------------------
-
-    def _graph_cache(self) -> GraphCache:
-        if self.backend == "dense" or self.anatomy.is_text or any(isinstance(method, CaptumMethod) for method in self.methods):
-            raise InputError(
-                "cuda_graph: expected a model of images, methods of this library's own, and a backend other than 'dense', whose "
-                "work does not depend on values"
-            )
-        return GraphCache()
 
     def _replayed(self, images: Tensor, target: Any) -> dict[str, Explanation]:
         """``_matrix_free`` from a graph."""
@@ -242,21 +251,21 @@ class Explainer:
             return {f"{label}/{name}": tensor for label, one in found.items() for name, tensor in one.tensors().items()}
 
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        places = tuple(parameter.data_ptr() for parameter in self.anatomy.model.parameters())
-        key = (images.shape, images.dtype, target, None if classes is None else classes.shape, autocast, places)
+        model = self.anatomy.model
+        places = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
+        precision = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
+        form = target, None if classes is None else classes.shape
         try:
-            tensors = self._graphs(key, call, (images, classes), images.device)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            raise UnsupportedModelError(
-                f"cuda_graph: {type(self.anatomy.model).__name__} cannot be captured: {brief(error)}"
-            ) from error
+            with torch.inference_mode(False):
+                key = (images.shape, images.dtype, form, autocast, precision, places)
+                tensors = self._graphs(key, call, (images, classes), images.device)
+        except CannotBeCapturedError as error:
+            raise UnsupportedModelError(f"cuda_graph: {type(self.anatomy.model).__name__} cannot be captured: {error}") from error
         explanations = {
             label: Explanation(method.name, asdict(method), **{name: tensors.get(f"{label}/{name}") for name in TENSORS})
             for label, method in self.labels.items()
         }
-        self._expect_finite(next(iter(explanations.values())).logits)
+        _expect_finite_logits(next(iter(explanations.values())).logits)
         return explanations
 
     # -- the two ways ------------------------------------------------------------------------------------------------
@@ -507,6 +516,10 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name}: expected True or False, received {value!r}")
     return value
+
+
+def _expect_finite_logits(output: Tensor) -> None:
+    expect_finite(output, f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
 
 
 def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:

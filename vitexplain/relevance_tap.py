@@ -155,9 +155,9 @@ class RelevanceTap(Tap):
             self.leaves = [inputs]
         return output
 
-    def _check_again(self, run: Callable[[], Any], out: Tensor) -> None:
+    def _check_again(self, run: Callable[[torch.dtype], Any], out: Tensor) -> None:
         if self.mode.changed_in_place:
-            self._expect_the_same(out, run)
+            self._expect_the_same(out, lambda: run(next(self.anatomy.model.parameters()).dtype))
 
     def _expect_the_same(self, output: Tensor, run: Callable[[], Any]) -> None:
         """Rules compute a new tensor for ``x += y``; a model that says ``x.add_(y)`` and goes on with x would lose y."""
@@ -173,7 +173,9 @@ class RelevanceTap(Tap):
             )
 
     def _mode(self) -> SdpaMode:
+        convolved = self.mode.convolved  # by the forward, where this is a block that is run again
         self.mode = RuleMode(self.rules, self._attention, self.dtype)
+        self.mode.convolved = convolved
         return self.mode
 
     def _pool(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor | None:

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+from .capture import unseen
 from .checkpoint import Checkpointed
-from .compiled import forward_replaced, reported, reporting, run_compiled
+from .compiled import compiling, forward_replaced, reported, reporting, run_compiled
 from .errors import UnsupportedModelError
 from .fused_attention import attention_backward, attention_forward, leading_rows_backward
 from .models import Anatomy, BlockAnatomy
@@ -218,6 +220,7 @@ class _BlockCall:
             "dtype": torch.get_autocast_dtype(self.device), "enabled": torch.is_autocast_enabled(self.device)
         }  # fmt: skip
         self.rest: tuple[Any, ...] | None = None
+        self._expect_no_graph([*args[1:], *(list(kwargs.values())[0 if args else 1 :])], "is called with")
 
     def first(self, tokens: Tensor) -> Tensor:
         out = self._called(tokens, report=self.tap.request.branches)
@@ -232,12 +235,29 @@ class _BlockCall:
             if not self.tap._compiles(self.block):
                 self.tap._hook_inside(self.block, stack)
             out = self._called(tokens, report=False)
-        out = out[0] if isinstance(out, tuple) else out
-        self.tap._check_again(lambda: self.run(*self.args, **self.kwargs), out)
+        out, *rest = out if isinstance(out, tuple) else (out,)
+        self._expect_no_graph(rest, "returns")
+        self.tap._check_again(self._plainly, out)
         return out
 
     def release(self) -> None:
         self.tap._release(self.block)
+
+    def _expect_no_graph(self, values: Sequence[Any], what: str) -> None:
+        """A gradient takes the way of the tokens alone."""
+        if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(list(values))):
+            name = type(self.block.anatomy.block).__name__
+            raise UnsupportedModelError(
+                f"checkpoint: expected blocks whose tokens alone carry a gradient; {name} {what} another tensor with one"
+            )
+
+    def _plainly(self, dtype: torch.dtype) -> Any:
+        """As the model runs in its own element type."""
+        args, kwargs = tree_map(
+            lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value,
+            (self.args, self.kwargs),
+        )
+        return self.run(*args, **kwargs)
 
     def _called(self, tokens: Tensor, *, report: bool) -> Any:
         args, kwargs = with_first_input(tokens, self.args, self.kwargs)
@@ -272,6 +292,9 @@ class Tap:
 
     def __enter__(self) -> Tap:
         self._stack.enter_context(frozen(self.anatomy))
+        self._stack.enter_context(compiling(self.running.compile_mode))
+        # a backward in this thread, on a GPU too: what is set for an explanation is set for it as well
+        self._stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -316,7 +339,7 @@ class Tap:
         if self.anatomy.token_mask is None:
             return None
         valid = self.anatomy.token_mask(inputs)
-        return None if valid is None or bool(valid.all()) else valid
+        return None if valid is None or (not unseen(valid.device) and bool(valid.all())) else valid
 
     def rows_read_of(self, block: BlockTrace) -> int | None:
         """Number of leading rows of this block's attention output that the explained scalar depends on; None for all."""
@@ -383,7 +406,7 @@ class Tap:
     def _compiles(self, block: BlockTrace) -> bool:
         """Not where the last block is run on the rows alone that the head reads, or a gradient is asked for inside it."""
         special = self._narrows(block) or (block.is_last and self.request.attention_input_gradient)
-        return self.running.compile_mode is not None and block.index >= self.request.first_block and not special
+        return self.running.compile_mode is not None and not special
 
     def _checkpoints(self, block: BlockTrace) -> bool:
         """Not the last block, whose gradient is wanted as soon as it has run."""
@@ -408,19 +431,19 @@ class Tap:
             self._set_current(block)
             stack.callback(self._set_current, None)
             out = run_compiled(run, self.running.compile_mode, args, kwargs)
-        if report:
-            block.mid_tokens, mlp_out = reported(branches.mlp_input), reported(branches.mlp_output)
-            if mlp_out is not None:
-                self._leave_mlp(block, mlp_out)
+            if report:
+                block.mid_tokens, mlp_out = reported(branches.mlp_input), reported(branches.mlp_output)
+                if mlp_out is not None:
+                    self._leave_mlp(block, mlp_out)
         return out
 
-    def _check_again(self, run: Callable[[], Any], out: Tensor) -> None:
-        """Look at what a block returned when it was run again."""
+    def _check_again(self, run: Callable[[torch.dtype], Any], out: Tensor) -> None:
+        """Look at what a block returned when it was run again; ``run`` does so once more, without hooks."""
 
     def _release(self, block: BlockTrace) -> None:
         """Let go of what is made anew when the block is run again."""
         if not self.running.keep_attention:
-            block.query = block.key = block.value = block.logsumexp = None
+            block.query = block.key = block.value = block.logsumexp = block.mask = None
         block.tokens = block.mid_tokens = block.mlp_out = None
 
     # -- hooks -------------------------------------------------------------------------------------------------------

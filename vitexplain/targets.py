@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import expect, unseen
+from .capture import expect, expect_finite, unseen
 from .errors import InputError
 
 _FORMS = "None, an int, a list or integer tensor (B,), (B, K) for several classes an image, or 'topK' for the K likeliest"
@@ -62,7 +62,7 @@ def targets_of(
         raise InputError(f"score: expected a function to (B,) or (B, K) with B={len(outputs)}, received {received}")
     if outputs.requires_grad and not values.requires_grad:
         raise InputError("score: expected a differentiable function of the model's output, received one without a gradient")
-    expect(torch.isfinite(values).all(), lambda: InputError("score: expected finite values, received NaN or infinity"))
+    expect_finite(values, "score: expected finite values, received NaN or infinity")
     columns = range(values.shape[1]) if values.dim() == 2 else range(1)
     return None, [Target(score=score, column=column) for column in columns], values.dim() == 2
 
@@ -121,16 +121,18 @@ def resolve_target(target: Any, logits: Tensor) -> Tensor:
         values = values.expand(batch)
     if values.dim() > 2 or values.shape[0] != batch or values.numel() == 0:
         raise InputError(f"target: expected {_FORMS}, with B={batch}; received shape {tuple(values.shape)}")
-    if unseen(logits.device):
-        if values.device != logits.device:
-            raise InputError(
-                f"target: expected None or a tensor on {logits.device} where values are not looked at (check_values=False, or "
-                f"while a CUDA graph is captured), received {values.device}"
-            )
-        return values.to(torch.int64)
+    if unseen(logits.device) and values.device != logits.device:
+        raise InputError(
+            f"target: expected None or a tensor on {logits.device} where values are not looked at (check_values=False, or while "
+            f"a CUDA graph is captured), received {values.device}"
+        )
     known = (values >= 0) & (values < num_classes)
-    expect(known.all(), lambda: InputError(f"target: expected classes 0 to {num_classes - 1}, received {int(values[~known][0])}"))
-    # an index out of range would stop a GPU for good before its check is looked at
+    expect(
+        known.all,
+        values.device,
+        lambda: InputError(f"target: expected classes 0 to {num_classes - 1}, received {int(values[~known][0])}"),
+    )
+    # an index out of range would stop a GPU for good, before its check is looked at or without one
     return values.to(device=logits.device, dtype=torch.int64, non_blocking=True).clamp(0, num_classes - 1)
 
 

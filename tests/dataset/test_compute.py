@@ -240,7 +240,7 @@ def test_blocks_can_be_compiled(demo, plan, monkeypatch) -> None:
     from vitexplain import compiled
 
     called: list[str] = []
-    monkeypatch.setattr(compiled, "_compiled", lambda kind, mode: called.append(mode) or kind.forward)
+    monkeypatch.setattr(compiled, "_compiled", lambda forward, mode: called.append(mode) or forward)
     made = replace(plan, compile=True)
     compiled_explainer = BatchExplainer(demo, made.methods, batch=4, **made.how)
     photos, classes = compiled_explainer.sample_batch()

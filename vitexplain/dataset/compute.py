@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cuda_graphs import CapturedCall
-from ..errors import InputError, is_out_of_memory
+from ..cuda_graphs import CannotBeCapturedError, CapturedCall
+from ..errors import InputError
 from ..explainer import Explainer
 from ..explanation import Explanation
 from ..loading import LoadedModel, in_dtype
@@ -239,10 +239,8 @@ class BatchExplainer:
         """Capture the explanation of a batch of this shape; where the model or a method cannot be captured, do without."""
         try:
             self._captured = CapturedCall(self._outputs, (photos, classes), self.device)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            warnings.warn(f"explanations are not replayed from a CUDA graph: {brief(error)}", stacklevel=2)
+        except CannotBeCapturedError as error:
+            warnings.warn(f"explanations are not replayed from a CUDA graph: {error}", stacklevel=2)
             self.graphed = False
 
     # -- its own speed -------------------------------------------------------------------------------------------------

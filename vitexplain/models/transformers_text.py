@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..capture import expect
 from ..errors import InputError, UnsupportedModelError
 from .anatomy import Anatomy, BlockAnatomy, ResidualBranches
 from .transformers_common import class_name, is_transformers_model, logits_of, part, use_sdpa
@@ -60,8 +61,11 @@ def _token_check(base: Any) -> Callable[[Tensor], None]:
     def check(ids: Tensor) -> None:
         if ids.shape[1] > longest:
             raise InputError(f"input_ids: expected at most {longest} tokens a text for this model, received {ids.shape[1]}")
-        if int(ids.min()) < 0 or int(ids.max()) >= words:
-            raise InputError(f"input_ids: expected 0 to {words - 1}, received {int(ids.min())} to {int(ids.max())}")
+        expect(
+            lambda: ((ids >= 0) & (ids < words)).all(),
+            ids.device,
+            lambda: InputError(f"input_ids: expected 0 to {words - 1}, received {int(ids.min())} to {int(ids.max())}"),
+        )
 
     return check
 
