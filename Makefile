@@ -2,8 +2,18 @@
 # make test   sets everything up and runs the tests (no GPU needed; GPU tests run where there is one)
 # make bench  everything that is measured on a CPU, then the plots and the README's tables
 # make regressions   a few small cases, timed and compared with the last time
-# make gpu    on a machine with CUDA and torch: the GPU tests (make gpu-tests), then the benchmark (make gpu-bench); each within
-#             ten minutes
+# make gpu    on a machine with CUDA and torch: all of the following, one after the other; make -k goes on past one that fails
+#   gpu-tests         the GPU tests
+#   gpu-tune          the decision between one backward pass and two
+#   gpu-goals         the largest models' explanations beside their rivals, and the largest images
+#   gpu-ablation      what each way of saving work buys; the other image sizes
+#   gpu-operations    single operations on a layer
+#   gpu-explanations  every method of every provider
+#   gpu-rest          processes' starts, evaluations, data sets
+#             Each benchmark begins nothing after BUDGET seconds and names what it left out: what was begun is finished, so that
+#             each takes at most ten minutes or so. RESULTS=DIR: write there (at home: python -m bench merge DIR/*/benchmark.csv;
+#             decisions.csv goes back to kernels/attention_backward).
+# make gpu-bench CASES="explanations --work tokentm"   any part of the benchmark, there
 # make tune   there: the launch table and the decision between one backward pass and two, by measuring
 # make faithfulness   which method is faithful to its model: the README's tables, on the data beside the repository
 # make aot    anywhere: every kernel compiled ahead of time, and each held to its budget
@@ -13,7 +23,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := 3.11
 
-.PHONY: demo test browser test-main test-interpreter lint gpu gpu-tests gpu-bench tune aot faithfulness bench regressions readme clean
+.PHONY: demo test browser test-main test-interpreter lint gpu gpu-tests gpu-tune gpu-goals gpu-ablation gpu-operations \
+	gpu-explanations gpu-rest gpu-bench tune aot faithfulness bench regressions readme clean
 
 demo: $(INSTALLED)
 	$(BIN)/vitexplain demo --output vitexplain_demo.png
@@ -42,24 +53,52 @@ lint: $(INSTALLED)
 GPU_BIN := .venv-gpu/bin
 GPU_INSTALLED := .venv-gpu/.installed
 
-gpu: gpu-tests gpu-bench
+BUDGET ?= 500
+HALF_BUDGET = $(shell expr $(BUDGET) / 2)
+RESULTS ?=
+ON_GPU = $(GPU_BIN)/python -m bench run --device cuda $(if $(RESULTS),--results $(RESULTS))
+
+gpu: gpu-tests gpu-tune gpu-goals gpu-ablation gpu-operations gpu-explanations gpu-rest
 
 gpu-tests: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m pytest -m gpu -n 8 -q
 
-# The most telling sizes come first; what the budget leaves out is named. CASES="explanations --work tokentm" for a part.
+gpu-tune: $(GPU_INSTALLED)
+	$(GPU_BIN)/python -m bench.tune --decisions
+	$(if $(RESULTS),mkdir -p $(RESULTS) && cp kernels/attention_backward/decisions.csv $(RESULTS))
+
+gpu-goals: $(GPU_INSTALLED)
+	$(ON_GPU) explanations --size 'vit_large*/64/*' --size 'vit_base*/128/*' --work tokentm --budget $(HALF_BUDGET); first=$$?; \
+	$(ON_GPU) resolution --size '*/16385/*' --size '*/4097/*' --budget $(HALF_BUDGET) && exit $$first
+
+gpu-ablation: $(GPU_INSTALLED)
+	$(ON_GPU) ablation --budget $(HALF_BUDGET); first=$$?; \
+	$(ON_GPU) resolution --size '*/5477/*' --size '*/1370/*' --size '*/197/*' --budget $(HALF_BUDGET) && exit $$first
+
+gpu-operations: $(GPU_INSTALLED)
+	$(ON_GPU) operations --budget $(BUDGET)
+
+gpu-explanations: $(GPU_INSTALLED)
+	$(ON_GPU) explanations --budget $(BUDGET)
+
+gpu-rest: $(GPU_INSTALLED)
+	$(ON_GPU) cold_start evaluations data_sets --budget $(BUDGET)
+
 CASES ?=
-BUDGET ?= 480
 
 gpu-bench: $(GPU_INSTALLED)
-	$(GPU_BIN)/python -m bench run $(CASES) --device cuda --budget $(BUDGET)
+	$(ON_GPU) $(CASES) --budget $(BUDGET)
 
 tune: $(GPU_INSTALLED)
 	$(GPU_BIN)/python -m bench.tune
 	$(GPU_BIN)/python -m bench.tune --decisions
 
+# Where $(PYTHON) is of a virtual environment itself, a new one sees what its base has, not what it has: it is named here.
+OWN_PACKAGES = import sysconfig; print(*dict.fromkeys(map(sysconfig.get_path, ('purelib', 'platlib'))), sep='\n')
+
 $(GPU_INSTALLED): pyproject.toml CMakeLists.txt
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	$(PYTHON) -c "$(OWN_PACKAGES)" > "$$($(GPU_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
 	$(GPU_BIN)/python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
 	touch $@
 

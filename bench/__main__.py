@@ -3,26 +3,37 @@
     python -m bench list                          # cases, works, providers, sizes
     python -m bench run                           # every case on this machine's CPU -> bench/results/cpu/benchmark.csv
     python -m bench run explanations --device cuda --work tokentm
+    python -m bench run --device cuda --budget 500 --results out  # on a machine from which one folder comes back
+    python -m bench merge out/nvidia-h200/benchmark.csv           # its rows into bench/results/nvidia-h200/benchmark.csv
     python -m bench run --not-measured nvidia-h200  # the lines of a device that is not at hand, each marked so
     python -m bench plot                          # time and memory over tokens, rooflines -> docs/benchmark/
     python -m bench table                         # the README's tables, from the results
 
-Whatever is timed is first held against a dense float64 reference; outside the error budget it is not timed.
+Whatever is timed is first held against a dense float64 reference; outside the error budget it is not timed. What fails is named
+where its figures would be, and the rest goes on; a size that fails as a whole is named in the end, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
+from vitexplain.errors import InputError
+from vitexplain.messages import brief
+
 from .cases import CASES
-from .record import Row, device_name, read_rows, results_path, update
+from .measuring import let_go, lost
+from .record import Row, device_name, merge, read_rows, results_path, update
 from .registry import Case, Setting, Size
 
 WRITTEN_EVERY = 20.0  # seconds
@@ -41,15 +52,18 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_argument("--least", type=int, default=5, help="samples at least")
     run.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     run.add_argument("--limit-gb", type=float, default=20.0, help="memory that one provider may take on a CPU")
-    run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further size is begun")
+    run.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing further is begun")
+    run.add_argument("--results", type=Path, metavar="DIR", help="write DIR/<device>/benchmark.csv, begun as a copy of the file")
     run.add_argument("--not-measured", metavar="DEVICE", help="write this device's missing lines, each marked as not measured")
+    merged = commands.add_parser("merge", help="put the rows of files that --results made into bench/results")
+    merged.add_argument("files", nargs="+", type=Path, metavar="FILE", help="DEVICE/benchmark.csv in any folder")
     commands.add_parser("list", help="cases, works, providers and sizes")
     plot = commands.add_parser("plot", help="draw what was measured")
     plot.add_argument("--device", help="folder of bench/results; default: all")
     table = commands.add_parser("table", help="write the README's generated parts")
     table.add_argument("--check", action="store_true", help="exit 1 where the README is not what would be written")
     options = parser.parse_args(arguments)
-    {"run": _run, "list": _list, "plot": _plot, "table": _table}[options.command](options)
+    {"run": _run, "merge": _merge, "list": _list, "plot": _plot, "table": _table}[options.command](options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -60,18 +74,49 @@ def _run(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: expected a CUDA device, found none (--not-measured DEVICE writes the empty lines)")
     device = torch.device(options.device)
+    name = device_name(device)
+    path = results_path(name, options.results) if options.results else results_path(name)
     setting = Setting(
         device, options.seconds, options.least, tuple(options.work), tuple(options.provider), not options.no_memory,
-        options.limit_gb,
+        options.limit_gb, time.perf_counter() + options.budget,
     )  # fmt: skip
-    started, path = time.perf_counter(), results_path(device_name(device))
-    for case in cases:
-        for size in _sizes(case, device.type, options.size):
-            if time.perf_counter() - started > options.budget:
-                print(f"left out, the budget of {options.budget:g} s is spent: {case.name} {_named(size)}", flush=True)
-                continue
-            _measure(case, size, setting, path)
+    with _ended_in_order():
+        failed = _measure_all([(case, size) for case in cases for size in _sizes(case, device.type, options.size)], setting, path)
     print(path)
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
+
+
+def _measure_all(asked: list[tuple[Case, Size]], setting: Setting, path: Path) -> list[str]:
+    """Size after size; those that failed as a whole, each with what it said. After a lost device nothing is begun."""
+    failed: list[str] = []
+    for case, size in asked:
+        if setting.spent:
+            print(f"left out, the budget is spent: {case.name} {size.label}", flush=True)
+            continue
+        try:
+            _measure(case, size, setting, path)
+        except Exception as error:
+            traceback.print_exception(error)
+            failed.append(f"{case.name} {size.label}: {type(error).__name__}: {brief(error)}")
+            if lost(str(error), setting.device):
+                failed.append("the device is lost: what comes after it was not begun")
+                break
+        let_go(setting.device)
+    return failed
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Being told to end is an exit like any other: what was measured is written first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _measure(case: Case, size: Size, setting: Setting, path: Path) -> None:
@@ -81,13 +126,21 @@ def _measure(case: Case, size: Size, setting: Setting, path: Path) -> None:
     try:
         for row in case.measure(size, setting):
             print(line(row), flush=True)
-            rows.append(row)
-            if time.perf_counter() - written > WRITTEN_EVERY:
+            if time.perf_counter() - written > WRITTEN_EVERY and rows and row.line != rows[-1].line:  # whole lines
                 update(path, rows)
                 written = time.perf_counter()
+            rows.append(row)
     finally:
         if rows:
             update(path, rows)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    for path in options.files:
+        try:
+            print(merge(path))
+        except InputError as error:
+            raise SystemExit(str(error)) from None
 
 
 def write_not_measured(cases: list[Case], name: str) -> str:
@@ -105,13 +158,9 @@ def _chosen(names: list[str]) -> list[Case]:
     return [CASES[name] for name in names or CASES]
 
 
-def _named(size: Size) -> str:
-    return f"{size.model}/{size.batch}/{size.tokens}/{size.dtype}"
-
-
 def _sizes(case: Case, device_type: str, patterns: list[str]) -> Iterator[Size]:
     for size in case.sizes(device_type):
-        if not patterns or any(fnmatch(_named(size), pattern) for pattern in patterns):
+        if not patterns or any(fnmatch(size.label, pattern) for pattern in patterns):
             yield size
 
 
@@ -126,7 +175,7 @@ def _list(options: argparse.Namespace) -> None:  # noqa: ARG001
         print(f"{case.name} ({case.kind}): {case.title}")
         for device_type in ("cpu", "cuda"):
             sizes = case.sizes(device_type)
-            print(f"  {device_type}: {', '.join(_named(size) for size in sizes) or 'nothing'}")
+            print(f"  {device_type}: {', '.join(size.label for size in sizes) or 'nothing'}")
             for work in dict.fromkeys(entry.work for size in sizes for entry in case.entries(size, device_type)):
                 found = (e.provider for size in sizes for e in case.entries(size, device_type) if e.work == work)
                 print(f"    {work}: {', '.join(dict.fromkeys(found))}")

@@ -1,7 +1,7 @@
 """The operations of a layer by their dense formulas, with every map in memory.
 
-In the layer's own element type they are what a user would write by hooks, and the benchmark's rival; in float64 they are what
-results are held against.
+In the layer's own element type they are what a user would write by hooks, the benchmark's rival, and what rounding alone does;
+in float64 they are what results are held against.
 """
 
 from __future__ import annotations

@@ -18,12 +18,15 @@ from vitexplain.fused_attention import attention_forward
 
 from . import layer_formulas as formulas
 from .layer import NUM_ROWS, Layer, backward_pass, one_pass, relevance, row_pass
-from .registry import COLREDUCE, DENSE, Unavailable
+from .registry import COLREDUCE, DENSE, TORCH, TRITON, Unavailable
 
 COMPUTE, BANDWIDTH = "compute", "bandwidth"
+EITHER = "either"  # whichever the roof at this intensity is
 LIBRARY = "torch"  # its own fused attention, what everything is held against
 FORWARD, BACKWARD = "torch fused attention forward", "torch fused attention backward"
 NAIVE_COLREDUCE = f"{COLREDUCE} (naive)"
+BACKWARD_AND_ROW = "attention backward with the row"
+TWO_PASSES = "two passes"  # torch's fused backward, then row_propagation; ours is one
 LARGEST_MAP = 4097  # C is n × n in float32
 
 Call = Callable[[Layer], object]
@@ -38,13 +41,16 @@ class Operation:
         work: in the table.
         ours: how this library does it, given a layer and a backend.
         flops, moved_bytes: of a layer.
-        bound: which peak it is held against, ``"compute"`` or ``"bandwidth"``.
+        bound: which peak it is held against: ``"compute"``, ``"bandwidth"``, or ``"either"``, the one that its FLOPs a byte
+            decide.
         against: the line of torch's own attention whose rate it is compared with; empty where that says nothing.
-        exact: what is right, for a layer in float64; None where nothing is compared.
+        exact: what is right, for a layer in float64, and what rounding does to it, for one in another type; None where nothing
+            is compared.
         rivals: by provider, on any device; ``on_cpu`` and ``on_gpu`` on those alone.
         both: on a GPU, tiled torch is measured beside Triton.
         positive: it is checked on positive queries and keys.
         most_tokens: more are not measured.
+        single_roundings: float32 epsilons that its error may have beside what every operation may.
     """
 
     work: str
@@ -60,6 +66,7 @@ class Operation:
     both: bool = False
     positive: bool = False
     most_tokens: int | None = None
+    single_roundings: int = 0
 
     def others(self, device_type: str) -> dict[str, Call]:
         """The rivals on a device."""
@@ -104,6 +111,11 @@ def _projected_flops(layer: Layer) -> float:
     size = layer.size
     width = size.heads * size.head_dim
     return 2.0 * size.batch * size.tokens * width * (width + size.head_dim)
+
+
+def _projected_bytes(layer: Layer) -> float:
+    """Tokens, values, the weight, a figure a head and token; the projected values are nobody's input or output."""
+    return moved(2, 1)(layer) + layer.output_weight.numel() * layer.output_weight.element_size()
 
 
 def _nothing(layer: Layer) -> float:  # noqa: ARG001
@@ -151,7 +163,13 @@ def _by_head(layer: Layer, backend: str) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _two_passes(layer: Layer, backend: str) -> tuple[Tensor, ...]:  # noqa: ARG001
+def _one_pass(layer: Layer, backend: str) -> tuple[Tensor, ...]:
+    """The row's mean over heads, as a running row is."""
+    *gradients, rows = one_pass(layer, backend)
+    return *gradients, rows.mean(1, keepdim=True)
+
+
+def _two_passes(layer: Layer) -> tuple[Tensor, ...]:
     return *backward_pass(layer), row_pass(layer)
 
 
@@ -170,16 +188,15 @@ def _colreduce(name: str) -> Call:
             import flash_colreduce
         except ImportError as error:
             raise Unavailable(f"{COLREDUCE} is not installed") from error
+        if layer.device.type == "cuda" and layer.dtype == torch.float32 and name == "flash_colreduce":
+            raise Unavailable(f"{COLREDUCE} multiplies float32 in TF32")  # Triton's default, which its API does not change
         return getattr(flash_colreduce, name)(layer.query, layer.key, "mean", scale=layer.scale).mean(1)
 
     return call
 
 
-COLREDUCE_CALLS = {
-    "on_cpu": {NAIVE_COLREDUCE: _colreduce("naive_colreduce")},
-    "on_gpu": {COLREDUCE: _colreduce("flash_colreduce")},
-}
 COLUMN_MEANS = "column means, rollout's first step"
+COLUMN_MEANS_ALONE = f"{COLUMN_MEANS}, logsumexp made as well"
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
@@ -189,11 +206,11 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(  # logsumexp is what the model's own forward left
         COLUMN_MEANS, lambda layer, backend: _propagated(layer, layer.even_row, backend)[:, 0],
         pairs(1), moved(2, 1, 1), exact=formulas.column_means, rivals={DENSE: formulas.column_means}, both=True,
-        **COLREDUCE_CALLS,
     ),
-    Operation(
-        f"{COLUMN_MEANS}, logsumexp made as well", _column_means_alone,
-        pairs(2), moved(2, 0, 1), exact=formulas.column_means, rivals={DENSE: formulas.column_means}, **COLREDUCE_CALLS,
+    Operation(  # flash-colreduce takes no logsumexp, so it stands here alone
+        COLUMN_MEANS_ALONE, _column_means_alone,
+        pairs(2), moved(2, 0, 1), exact=formulas.column_means, rivals={DENSE: formulas.column_means},
+        on_cpu={NAIVE_COLREDUCE: _colreduce("naive_colreduce")}, on_gpu={COLREDUCE: _colreduce("flash_colreduce")},
     ),
     Operation(
         "row_propagation, φ = P·relu(G), token weights (tokentm)",
@@ -208,7 +225,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "row_propagation, class-token row alone (last block)", _first_row,
         lambda layer: 2 * layer.pair_flops / layer.size.tokens, moved(2, 1, 1), BANDWIDTH, "", exact=formulas.first_row,
-        both=True,
+        both=True, single_roundings=12,  # of one query's exp(s - logsumexp), of magnitude 8, which no other query averages out
     ),
     Operation(
         "row_propagation_by_head with L1 norms (gmar)", _by_head, pairs(2), moved(4, 2, 1), exact=formulas.rows_by_head,
@@ -237,15 +254,11 @@ OPERATIONS: tuple[Operation, ...] = (
         lambda layer, backend: kernels.attention_token_transformation(
             layer.tokens, layer.value, layer.output_weight, backend=backend
         ),
-        _projected_flops, moved(4, 1), BANDWIDTH, "", exact=formulas.attention_token_weights, both=True,
+        _projected_flops, _projected_bytes, EITHER, "", exact=formulas.attention_token_weights, both=True,
     ),
     Operation(
-        "attention_backward with the row, one pass", one_pass, pairs(5), moved(8, 2), against=BACKWARD,
-        exact=formulas.gradients_and_rows, both=True,
-    ),
-    Operation(
-        "torch fused attention backward, then row_propagation", _two_passes, pairs(7), moved(12, 2), against=BACKWARD,
-        exact=formulas.gradients_and_row,
+        BACKWARD_AND_ROW, _one_pass, pairs(5), moved(8, 1, 2), against=BACKWARD, exact=formulas.gradients_and_row,
+        on_cpu={f"{TORCH}, {TWO_PASSES}": _two_passes}, on_gpu={f"{TRITON}, {TWO_PASSES}": _two_passes}, both=True,
     ),
     Operation(
         "relevance_backward with the row", lambda layer, backend: relevance(layer), pairs(6), moved(8, 2, 1),  # noqa: ARG005

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .measuring import OUT_OF_MEMORY
+from .measuring import FAILED, OUT_OF_MEMORY
 from .record import Row
 from .registry import FORWARD_BACKWARD, TORCH, TRITON
 
@@ -36,9 +36,11 @@ class Line:
 
     @property
     def reason(self) -> str:
-        """Why it was not timed, without what stands in brackets; empty where it was."""
+        """Why it was not timed, without what stands in brackets or what an error says; empty where it was."""
         texts = [row.p50 for row in self.figures.values() if not row.measured]
-        return texts[0].partition(" (")[0] if texts and not self.measured else ""
+        if not texts or self.measured:
+            return ""
+        return ":".join(texts[0].split(":")[:2]) if texts[0].startswith(FAILED) else texts[0].partition(" (")[0]
 
     @property
     def out_of_memory(self) -> bool:

@@ -27,9 +27,9 @@ COLOURS = {
     TORCH: "#0072B2", TRITON: "#332288", DENSE: "#D55E00", CAPTUM: "#E69F00", GRAD_CAM: "#CC79A7", COLREDUCE: "#B79F00",
     f"{COLREDUCE} (naive)": "#B79F00", MODEL_ITSELF: "#4D4D4D", LIBRARY: "#4D4D4D",
 }  # fmt: skip
-VARIANTS = {"checkpointed": "#009E73", "compiled": "#56B4E9", "CUDA graph": "#882255", "compiled, CUDA graph": "#117733"}
 OTHER, GUIDE = "#8C8C8C", "#B0B0B0"
-STYLES = ("-", "--", ":")
+PLAIN, STYLES = "-", ("--", "-.", ":")  # of a provider as it comes, and of its variants one after the other
+HATCHES = ("//////", "......", "xxxxxx")
 MARKERS = "os^Dv<>P"
 
 Drawing = Callable[[Sequence[Row]], Figure | None]
@@ -51,10 +51,38 @@ def draw(device: str | None) -> list[Path]:
     return written
 
 
+def base_of(provider: str) -> str:
+    """Whose variant a provider is, itself where it is none: ``"vitexplain (torch), compiled"`` is one of the first part."""
+    return next((name for name in COLOURS if provider.startswith(f"{name}, ")), provider)
+
+
 def colour(provider: str) -> str:
-    """A provider's colour; its variants have one of their own."""
-    name, _, variant = provider.partition("), ")
-    return VARIANTS.get(variant) or COLOURS.get(f"{name})" if variant else provider, OTHER)
+    """A provider's colour, which its variants share."""
+    return COLOURS.get(base_of(provider), OTHER)
+
+
+def _variant_number(provider: str, among: Sequence[str]) -> int | None:
+    """Which of its provider's variants it is; None for the provider as it comes."""
+    base = base_of(provider)
+    variants = [name for name in dict.fromkeys(among) if name != base and base_of(name) == base]
+    return None if provider == base else variants.index(provider)
+
+
+def style(provider: str, among: Sequence[str]) -> str:
+    """Solid, or dashed for a variant."""
+    number = _variant_number(provider, among)
+    return PLAIN if number is None else STYLES[number % len(STYLES)]
+
+
+def hatch(provider: str, among: Sequence[str]) -> str | None:
+    """What tells a variant's bar from its provider's."""
+    number = _variant_number(provider, among)
+    return None if number is None else HATCHES[number % len(HATCHES)]
+
+
+def _variant_of(provider: str) -> str:
+    """What a variant does differently, behind a comma; empty for a provider as it comes."""
+    return provider.removeprefix(base_of(provider))
 
 
 def _panels(count: int, width: float, height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
@@ -95,16 +123,17 @@ def _over_tokens(rows: Sequence[Row], metric: str, label: str) -> Figure | None:
 
 
 def _growth(lines: list[Line], metric: str, axes: Axes) -> None:
-    """One line a provider, solid for the first piece of work, dashed for the next."""
+    """One line a provider and piece of work: the work is told by the marker, a variant by its dashes."""
     axes.set(xscale="log", yscale="log")
     works = [work for work in dict.fromkeys(line.work for line in lines) if work not in BASELINES]
+    providers = [line.provider for line in lines]
     full: dict[tuple[int, str], None] = {}
     for work, provider in dict.fromkeys((line.work, line.provider) for line in lines):
         mine = sorted((line for line in lines if (line.work, line.provider) == (work, provider)), key=lambda line: line.tokens)
         points = points_of(mine, metric)
-        style = STYLES[works.index(work) % len(STYLES)] if work in works else "-"
+        marker = MARKERS[works.index(work) % len(MARKERS)] if work in works else "."
         if points:
-            axes.plot(*zip(*points, strict=True), style, color=colour(provider), marker="o", markersize=4,
+            axes.plot(*zip(*points, strict=True), style(provider, providers), color=colour(provider), marker=marker, markersize=4,
                       label=_with_exponent(work, provider, points))  # fmt: skip
             _band(mine, metric, axes, colour(provider))
         full |= dict.fromkeys([(line.tokens, provider) for line in mine if line.out_of_memory][:1])
@@ -170,7 +199,9 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     panels = {}
     for dtype in dict.fromkeys(line.dtype for line in lines):
         mine = [line for line in lines if line.dtype == dtype]
-        shown = [line for line in mine if line.provider not in others and line.value("work") > 0 and line.value("moved") > 0]
+        shown = [
+            line for line in mine if base_of(line.provider) not in others and line.value("work") > 0 and line.value("moved") > 0
+        ]
         compute, bandwidth = _peak(mine, "large product"), _peak(mine, "large copy")
         if shown and compute > 0 and bandwidth > 0:
             panels[dtype] = shown, compute, bandwidth
@@ -199,7 +230,8 @@ def _under_roof(lines: list[Line], compute: float, bandwidth: float, axes: Axes)
     for number, key in enumerate(numbered, 1):
         mine = [line for line in lines if (line.work, line.provider) == key]
         shade = colour(key[1])
-        axes.plot(*zip(*(places[id(line)] for line in mine), strict=True), color=shade, linewidth=0.5, alpha=0.5)
+        dashes = style(key[1], [provider for _, provider in numbered])
+        axes.plot(*zip(*(places[id(line)] for line in mine), strict=True), dashes, color=shade, linewidth=0.5, alpha=0.5)
         for line in mine:
             form = MARKERS[sizes.index((line.tokens, line.batch, line.model)) % len(MARKERS)]
             axes.plot(*places[id(line)], form, color=shade, markersize=4.5, alpha=0.8)
@@ -236,15 +268,15 @@ def _number_without_overlap(
 
 def _keys(axes: Axes, numbered: list[tuple[str, str]], sizes: list[tuple[int, int, str]]) -> None:
     """What numbers, forms and colours stand for, beside the panel."""
-    several = len({provider for _, provider in numbered}) > 1
-    names = "\n".join(f"{number}  {work}" for number, (work, _) in enumerate(numbered, 1))
+    providers = list(dict.fromkeys(base_of(provider) for _, provider in numbered))
+    names = "\n".join(f"{number}  {work}{_variant_of(provider)}" for number, (work, provider) in enumerate(numbered, 1))
     axes.text(1.02, 1.0, names, transform=axes.transAxes, va="top", fontsize=7.5, linespacing=1.4)
     handles: list[object] = [
         axes.plot([], [], MARKERS[i % len(MARKERS)], color="black", label=f"n = {tokens:,}, batch {batch}, {model}")[0]
         for i, (tokens, batch, model) in enumerate(sizes)
     ]
-    if several:
-        handles += [Patch(color=colour(name), label=name) for name in dict.fromkeys(provider for _, provider in numbered)]
+    if len(providers) > 1:
+        handles += [Patch(color=colour(name), label=name) for name in providers]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(1.0, 0.0), frameon=False, fontsize=7.5)
 
 
@@ -271,14 +303,14 @@ def methods(rows: Sequence[Row]) -> Figure | None:
 
 def _bars(lines: list[Line], ratios: list[float], axes: Axes) -> None:
     """A group of bars a method, the first on top, the value at each bar's end."""
-    works = list(dict.fromkeys(line.work for line in lines))
+    works, named = list(dict.fromkeys(line.work for line in lines)), list(dict.fromkeys(line.provider for line in lines))
     place, ticks = 0.0, []
     for work in works:
         mine = [(line, ratio) for line, ratio in zip(lines, ratios, strict=True) if line.work == work]
         ticks.append(place + 0.5 * (len(mine) - 1))
         for line, ratio in mine:
             low, high = _whisker(line, ratio)
-            axes.barh(place, ratio, 0.9, color=colour(line.provider))
+            axes.barh(place, ratio, 0.9, **_fill(line.provider, named))
             axes.errorbar(ratio, place, xerr=[[low], [high]], color="black", linewidth=0.8, capsize=1.5)
             axes.annotate(
                 f"{ratio:.3g}",
@@ -296,11 +328,15 @@ def _bars(lines: list[Line], ratios: list[float], axes: Axes) -> None:
     axes.margins(x=0.1)
     axes.grid(False, axis="y")
     axes.axvline(1, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-    named = dict.fromkeys(line.provider for line in lines)
     axes.legend(
-        handles=[Patch(color=colour(name), label=name) for name in named], loc="upper center", frameon=False, fontsize=8,
+        handles=[Patch(**_fill(name, named), label=name) for name in named], loc="upper center", frameon=False, fontsize=8,
         bbox_to_anchor=(0.5, -0.6 / (0.2 * len(lines) + 0.8)), ncol=2,
     )  # fmt: skip
+
+
+def _fill(provider: str, among: Sequence[str]) -> dict[str, object]:
+    """A bar's colour, and white lines across it for a variant."""
+    return {"facecolor": colour(provider), "edgecolor": "white", "linewidth": 0, "hatch": hatch(provider, among)}
 
 
 def _whisker(line: Line, ratio: float) -> tuple[float, float]:

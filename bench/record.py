@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
-from vitexplain.environment import environment
+from vitexplain import environment as platform
+from vitexplain.errors import InputError
 
 __all__ = [
-    "NOT_MEASURED", "RESULTS", "Row", "device_name", "devices", "environment", "read_rows", "results_path", "spread",
-    "unavailable", "unmeasured", "update", "write_table_rows",
+    "NOT_MEASURED", "RESULTS", "Row", "device_name", "devices", "environment", "merge", "read_rows",
+    "results_path", "spread", "unavailable", "unmeasured", "update", "write_table_rows",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
 UNAVAILABLE = "unavailable"
+OPTIONAL = ("triton",)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,17 @@ def unavailable(reason: object) -> dict[str, object]:
     return unmeasured(f"{UNAVAILABLE}: {reason}")
 
 
+def environment(device: torch.device, *more: str) -> dict[str, object]:
+    """``device``, ``threads`` and ``versions`` of a row, with those of more packages, where they are installed.
+
+    On a GPU with the CUDA that torch was built for: kernels and libraries come with it.
+    """
+    found = platform.environment(device, optional=(*OPTIONAL, *more))
+    if device.type == "cuda":
+        found["versions"] = f"{found['versions']}, CUDA {torch.version.cuda}"
+    return found
+
+
 def device_name(device: torch.device) -> str:
     """``cpu``, or the GPU's name as a folder's."""
     if device.type == "cpu":
@@ -110,9 +123,21 @@ def devices() -> list[str]:
     return sorted(path.parent.name for path in RESULTS.glob("*/benchmark.csv"))
 
 
-def results_path(name: str) -> Path:
-    """Where a device's figures are kept; ``name`` as ``device_name`` gives it."""
-    return RESULTS / name / "benchmark.csv"
+def results_path(name: str, folder: Path | None = None) -> Path:
+    """Where a device's figures are kept, of the repository or of a folder; ``name`` as ``device_name`` gives it."""
+    return (folder or RESULTS) / name / "benchmark.csv"
+
+
+def merge(path: Path) -> Path:
+    """Put a file that was written elsewhere into the repository's of the same device, which is the name of its folder.
+
+    Raises:
+        InputError: there are no rows.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise InputError(f"{path}: expected rows of the benchmark, found none")
+    return update(results_path(path.resolve().parent.name), rows)
 
 
 def update(path: Path, rows: Iterable[Row]) -> Path:

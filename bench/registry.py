@@ -7,9 +7,11 @@ measure by themselves and yield rows.
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -27,6 +29,7 @@ TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, COLREDUCE = PROVIDERS = (
     "pytorch-grad-cam",
     "flash-colreduce",
 )
+PACKAGES = {CAPTUM: "captum", GRAD_CAM: "grad-cam", COLREDUCE: "flash-colreduce"}  # whose versions stand beside their rows
 MODEL_ITSELF = "model itself"
 FORWARD, FORWARD_BACKWARD = BASELINES = ("forward", "forward + backward")
 
@@ -54,6 +57,11 @@ class Size:
     dtype: str = "float32"
 
     @property
+    def label(self) -> str:
+        """As patterns on the command line name it."""
+        return f"{self.model}/{self.batch}/{self.tokens}/{self.dtype}"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The element type."""
         return getattr(torch, self.dtype)
@@ -69,6 +77,7 @@ class Setting:
         works, providers: only these, by a part of their name; all where empty. Baselines always run.
         memory: measure peak memory, too; on a CPU each in a process of its own.
         limit_gb: memory that a provider may take on a CPU before it counts as out of memory.
+        deadline: of ``time.perf_counter()``; what is not begun by then is left out and named.
     """
 
     device: torch.device
@@ -78,6 +87,18 @@ class Setting:
     providers: tuple[str, ...] = ()
     memory: bool = True
     limit_gb: float = 20.0
+    deadline: float = math.inf
+
+    @property
+    def spent(self) -> bool:
+        """Whether no time is left to begin anything."""
+        return time.perf_counter() >= self.deadline
+
+    @property
+    def halved(self) -> Setting:
+        """With half of the time that is left: the gates take no more of it, or nothing that they let pass would be timed."""
+        now = time.perf_counter()
+        return replace(self, deadline=now + (self.deadline - now) / 2)
 
     def wants(self, entry: Entry) -> bool:
         """Whether a line is asked for."""
@@ -154,6 +175,9 @@ class Prepared(ABC):
         """FLOPs and bytes, where they are counted."""
         return None
 
+    def gates_done(self) -> None:  # noqa: B027
+        """Every gate is passed and nothing timed yet: references that only gates need may be freed."""
+
 
 class Case(ABC):
     """One kind of work.
@@ -186,9 +210,10 @@ class Case(ABC):
 
     def row(self, entry: Entry, size: Size, metric: str, unit: str, figures: dict[str, object], device: torch.device) -> Row:
         """A row of this case."""
+        where = environment(device, *(PACKAGES[one] for one in PACKAGES if entry.provider.startswith(one)))
         return Row(
             kind=self.kind, case=self.name, work=entry.work, provider=entry.provider, model=size.model, batch=size.batch,
-            tokens=size.tokens, dtype=size.dtype, metric=metric, unit=unit, **figures, **environment(device),
+            tokens=size.tokens, dtype=size.dtype, metric=metric, unit=unit, **figures, **where,
         )  # fmt: skip
 
     def blank_rows(self, size: Size, name: str) -> Iterator[Row]:
@@ -208,7 +233,6 @@ class _Timed:
 
     entry: Entry
     call: Callable[[], object]
-    samples: list[float] = field(default_factory=list)
 
 
 class TimedCase(Case):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,14 +26,15 @@ from .faithfulness import FAITHFULNESS
 from .layer_operations import LIBRARY
 from .lines import Line, fitted_exponent, line_of, lines_of, ours_on, points_of, ratio_to_forward_backward
 from .record import NOT_MEASURED, Row, devices, read_rows, results_path
-from .registry import BASELINES, DENSE, FORWARD, FORWARD_BACKWARD
+from .registry import BASELINES, DENSE, FORWARD, FORWARD_BACKWARD, MODEL_ITSELF
 from .scale import run_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PICTURES = "docs/benchmark/cpu"
+PICTURES = "docs/benchmark"  # a folder a device
 FURTHER = ("cifar10", "probability", "saco", "iba_chosen_on_even", "iba_reported_on_odd")
 MEDIAN = "median [20th, 80th percentile]"
+LONGEST = 36  # of a text in a figure's place
 CPU, H200 = "cpu", "nvidia-h200"
 TOKENS_SHOWN, TOKENS_SHOWN_ELSEWHERE = {CPU: 577}, 1025  # of the operations' sizes
 
@@ -95,7 +97,7 @@ def explanations_tables() -> str:
 
 
 def _by_device(case: str, part: Callable[[str, list[Row]], str], *pictures: str) -> str:
-    """A part for each device that has figures of a case, the CPU's first; one sentence for one that has none."""
+    """A part with its own pictures for each device that has figures of a case, the CPU's first; a sentence for another."""
     found = {name: read_rows(results_path(name), case=case) for name in sorted({CPU, *devices()}, key=lambda name: name != CPU)}
     command = f"`python -m bench run {case}`"
     if not any(row.measured for rows in found.values() for row in rows):
@@ -103,17 +105,19 @@ def _by_device(case: str, part: Callable[[str, list[Row]], str], *pictures: str)
     parts = []
     for name, rows in found.items():
         if any(row.measured for row in rows):
-            parts.append(part(name, rows))
+            parts += [part(name, rows), *_pictures(name, pictures)]
         elif rows:
             parts.append(f"On {name}: {NOT_MEASURED}.")
     if not any(rows for name, rows in found.items() if name != CPU):
         parts.append(f"On a GPU: {NOT_MEASURED}.")
-    shown = [f"![{file.removesuffix('.png').replace('_', ' ')}]({PICTURES}/{file})" for file in pictures if _drawn(file)]
-    return "\n\n".join([*parts, *(["\n".join(shown)] if shown else []), command])
+    return "\n\n".join([*parts, command])
 
 
-def _drawn(file: str) -> bool:
-    return (ROOT / PICTURES / file).exists()
+def _pictures(device: str, files: Sequence[str]) -> list[str]:
+    """A device's pictures as one paragraph; none where none is drawn."""
+    drawn = [f"{PICTURES}/{device}/{file}" for file in files if (ROOT / PICTURES / device / file).exists()]
+    names = (f"{Path(path).stem.replace('_', ' ')}, {device}" for path in drawn)
+    return ["\n".join(f"![{name}]({path})" for name, path in zip(names, drawn, strict=True))] if drawn else []
 
 
 def _explanations_of(device: str, rows: list[Row]) -> str:
@@ -139,33 +143,60 @@ def _methods_of(device: str, lines: list[Line], rows: list[Row]) -> str:
         f"| method | ms | ÷ {FORWARD_BACKWARD} | dense reference, ms | × faster | MiB | dense, MiB | images/s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for line in sorted(lines, key=lambda line: (line.work not in BASELINES, line.provider != ours)):
-        if line.provider == DENSE and line_of(lines, line.work, ours):
-            continue  # stands beside ours
-        dense = line_of(lines, line.work, DENSE) if line.provider == ours else None
-        text.append(_row(_called(line, ours), *_method_cells(line, dense, lines)))
+    for line in _by_work(lines, ours):
+        text.append(_row(_called(line, ours), *_method_cells(line, lines, ours)))
     return "\n".join(text)
 
 
+def _by_work(lines: Sequence[Line], ours: str) -> list[Line]:
+    """Baselines, then work by work ours, our ways to run it, and whoever else; last what only others do.
+
+    The dense reference has a line of its own only there: elsewhere it stands beside ours.
+    """
+    works = list(dict.fromkeys(line.work for line in lines))
+    done = {line.work for line in lines if line.provider == ours}
+
+    def place(line: Line) -> tuple[object, ...]:
+        theirs = line.provider not in (MODEL_ITSELF, LIBRARY)
+        return theirs, line.work not in done, works.index(line.work), line.provider != ours, not line.provider.startswith(ours)
+
+    return sorted((line for line in lines if line.provider != DENSE or line.work not in done), key=place)
+
+
 def _called(line: Line, ours: str) -> str:
-    """A method, by whom else where it is not ours."""
+    """A method, by whom else or in which way where it is not ours as it comes."""
     if line.work in BASELINES:
         return f"*{line.work}*"
-    return _quoted(line.work) if line.provider == ours else f"{_quoted(line.work)}, {line.provider}"
+    return _quoted(line.work) if line.provider == ours else f"{_quoted(line.work)}, {_short_provider(line.provider, ours)}"
 
 
-def _method_cells(line: Line, dense: Line | None, lines: list[Line]) -> list[str]:
-    time, faster, dense_memory = _dense_cells(dense, line)
-    ratio = _number(ratio_to_forward_backward(line, lines))
-    return [_time(line), ratio, time, faster, _number(line.value("peak memory")), dense_memory, _number(line.value("pace"))]
+def _short_provider(provider: str, ours: str) -> str:
+    """Our ways to run by what is different, the dense reference without its explanation."""
+    return provider.removeprefix(f"{ours}, ").replace(DENSE, DENSE.partition(" (")[0])
 
 
-def _dense_cells(dense: Line | None, line: Line) -> tuple[str, str, str]:
-    """Milliseconds, how much longer it takes, MiB."""
-    if dense is None:
-        return "–", "–", "–"
-    time = _number(dense.value("time")) if dense.measured else dense.reason
-    return time, _number(dense.value("time") / line.value("time")), _number(dense.value("peak memory"))
+def _method_cells(line: Line, lines: list[Line], ours: str) -> list[str]:
+    own = line.provider.startswith(ours)
+    dense = line_of(lines, line.work, DENSE) if own else None
+    return [
+        _time(line),
+        _number(ratio_to_forward_backward(line, lines)),
+        "–" if dense is None else _figure(dense, "time"),
+        _faster(
+            line, [other for other in lines if other.work == line.work and not other.provider.startswith(ours)] if own else []
+        ),
+        _figure(line, "peak memory"),
+        "–" if dense is None else _figure(dense, "peak memory"),
+        _figure(line, "pace"),
+    ]
+
+
+def _faster(line: Line, rivals: list[Line]) -> str:
+    """How much longer the dense reference takes; other rivals are named."""
+    times = {rival.provider: _number(rival.value("time") / line.value("time")) for rival in rivals}
+    cell = times.pop(DENSE, "–")
+    named = [f"{name.removeprefix(f'{DENSE}, ')} {ratio}" for name, ratio in times.items() if ratio != "–"]
+    return f"{cell} ({', '.join(named)})" if named else cell
 
 
 def resolution_tables() -> str:
@@ -206,7 +237,7 @@ def _time_and_memory(line: Line | None) -> str:
     if line is None:
         return "–"
     if not line.measured:
-        return line.reason or NOT_MEASURED
+        return _shortened(line.reason or NOT_MEASURED)
     memory = line.figures.get("peak memory")
     if memory is None:
         return _duration(line.value("time"))
@@ -249,12 +280,10 @@ def _operations_of(device: str, rows: list[Row]) -> str:
         "| operation | ms | fraction of its peak | ÷ fused attention's rate | dense formula, ms |",
         "|---|--:|--:|--:|--:|",
     ]
-    for line in sorted(shown, key=lambda line: line.provider != LIBRARY):
+    for line in _by_work(shown, ours):
         own = line.provider in (ours, LIBRARY)
-        if line.provider == DENSE and line_of(shown, line.work, ours):
-            continue  # stands beside ours
         dense = line_of(shown, line.work, DENSE) if own else None
-        name = line.work if own else f"{line.work}, {line.provider}"
+        name = line.work if own else f"{line.work}, {_short_provider(line.provider, ours)}"
         text.append(_row(name, *_operation_cells(line), "–" if dense is None else _time(dense)))
     return "\n".join(text)
 
@@ -335,7 +364,8 @@ def _settings(lines: list[Line], rows: list[Row]) -> str:
 
 
 Lines = Mapping[str, list[Line]]
-LARGE, BASE, MANY = "vit_large_patch16_224", "vit_base_patch16_224", 16_385
+LARGE, BASE, SMALL, MANY = "vit_large_patch16_224", "vit_base_patch16_224", "vit_small_patch16_224", 16_385
+ON_CPU = ((BASE, "float32", 8), (SMALL, "float32", 8))  # what a CPU shows, the first that was measured
 
 
 @dataclass(frozen=True)
@@ -359,15 +389,22 @@ class Goal:
     on_cpu: bool = False
 
 
-def _tokentm(model: str) -> Callable[[str, Lines], Line | None]:
-    """Our line of `tokentm` with the highest pace: of that model in bfloat16 on a GPU, whatever there is on a CPU."""
+def _ways(model: str, device: str, lines: Lines) -> list[Line]:
+    """Our measured lines of `tokentm`, however it was run: of that model in bfloat16 on a GPU."""
+    ours = [line for line in lines["explanations"] if line.work == "tokentm" and line.provider.startswith(ours_on(device))]
+    if device != CPU:
+        return [line for line in ours if line.measured and (line.model, line.dtype) == (model, "bfloat16")]
+    return [line for size in ON_CPU for line in ours if line.measured and (line.model, line.dtype, line.batch) == size]
 
-    def fastest(device: str, lines: Lines) -> Line | None:
-        ours = [line for line in lines["explanations"] if line.work == "tokentm" and line.provider.startswith(ours_on(device))]
-        fits = [line for line in ours if device == CPU or (line.model, line.dtype) == (model, "bfloat16")]
-        return max((line for line in fits if line.measured), key=lambda line: line.value("pace"), default=None)
 
-    return fastest
+def _plain(model: str) -> Callable[[str, Lines], Line | None]:
+    """As it comes: like by like with a model and a reference that nobody compiled or captured, either."""
+    return lambda device, lines: line_of(_ways(model, device, lines), "tokentm", ours_on(device))
+
+
+def _fastest(model: str) -> Callable[[str, Lines], Line | None]:
+    """With the highest pace."""
+    return lambda device, lines: max(_ways(model, device, lines), key=lambda line: line.value("pace"), default=None)
 
 
 def _at_resolution(tokens: int | None = None) -> Callable[[str, Lines], Line | None]:
@@ -403,14 +440,14 @@ def _memory_exponent(line: Line, lines: Lines) -> float:
 
 
 GOALS = (
-    Goal("ViT-L/16, images/s", "≥ 1,500", _tokentm(LARGE), _of("pace"), ",.0f"),
-    Goal(f"ViT-L/16, time ÷ {FORWARD_BACKWARD}", "≤ 1.15", _tokentm(LARGE), _ratio, ".2f", on_cpu=True),
-    Goal("ViT-L/16, × faster than the dense reference", "≥ 5", _tokentm(LARGE), _times_faster, ".1f", on_cpu=True),
+    Goal("ViT-L/16, images/s", "≥ 1,500", _fastest(LARGE), _of("pace"), ",.0f"),
+    Goal(f"ViT-L/16, time ÷ {FORWARD_BACKWARD}", "≤ 1.15", _plain(LARGE), _ratio, ".2f", on_cpu=True),
+    Goal("ViT-L/16, × faster than the dense reference", "≥ 5", _plain(LARGE), _times_faster, ".1f", on_cpu=True),
     Goal(
-        "ViT-L/16, share of the limit: the FLOPs of two forwards at the measured peak", "≥ 50 %", _tokentm(LARGE),
+        "ViT-L/16, share of the limit: the FLOPs of two forwards at the measured peak", "≥ 50 %", _plain(LARGE),
         _of("fraction of peak compute", 100), ".0f", on_cpu=True,
     ),
-    Goal("ViT-B/16, images/s", "≥ 4,500", _tokentm(BASE), _of("pace"), ",.0f"),
+    Goal("ViT-B/16, images/s", "≥ 4,500", _fastest(BASE), _of("pace"), ",.0f"),
     Goal(f"{MANY:,} tokens, seconds an image", "< 1.5", _at_resolution(MANY), _an_image("time", 1e-3), ".2f"),
     Goal(f"{MANY:,} tokens, GB an image", "< 20", _at_resolution(MANY), _an_image("peak memory", 2**20 / 1e9), ".1f"),
     Goal("exponent of memory over the number of tokens", "≤ 1.1", _at_resolution(), _memory_exponent, ".2f", on_cpu=True),
@@ -423,15 +460,18 @@ def goals_table() -> str:
         device: {case: lines_of(read_rows(results_path(device), case=case)) for case in ("explanations", "resolution")}
         for device in (H200, CPU)
     }
-    line = _tokentm(LARGE)(CPU, found[CPU])
-    heading = "CPU" if line is None else "CPU*"
+    of_cpu = found[CPU]
+    asked = {"": _plain(LARGE)(CPU, of_cpu), "exponent: ": _at_resolution()(CPU, of_cpu)}
+    shown = {what: line for what, line in asked.items() if line is not None and line.measured}
+    heading = "CPU*" if shown else "CPU"
     text = [f"| `tokentm` | wanted of one H200, bfloat16 | H200 | {heading} |", "|---|--:|--:|--:|"]
     for goal in GOALS:
         on_cpu = _answer(goal, CPU, found[CPU]) if goal.on_cpu else "–"
         text.append(_row(goal.text, goal.wanted, _answer(goal, H200, found[H200]), on_cpu))
-    if line is not None:
-        machine = _machine(list(line.figures.values()))
-        text += ["", f"\\* For comparison, another model: {line.model}, batch {line.batch}, {line.dtype}; {machine}."]
+    if shown:
+        others = "; ".join(f"{what}{line.model}, batch {line.batch}, {line.dtype}" for what, line in shown.items())
+        machine = _machine([row for line in shown.values() for row in line.figures.values()])
+        text += ["", f"\\* For comparison, another model: {others}; {machine}."]
     return "\n".join(text)
 
 
@@ -473,12 +513,25 @@ def _number(value: float, unit: str = "") -> str:
 
 def _time(line: Line) -> str:
     """Milliseconds, or why there are none."""
-    return _spread(line.figures["time"]) if line.measured else line.reason or NOT_MEASURED
+    return _spread(line.figures["time"]) if line.measured else _shortened(line.reason or NOT_MEASURED)
+
+
+def _figure(line: Line, metric: str) -> str:
+    """One figure of a line, or why there is none."""
+    row = line.figures.get(metric)
+    if row is None:
+        return "–" if metric != "time" else _time(line)
+    return _number(row.value) if row.measured else _reason(row)
 
 
 def _reason(row: Row) -> str:
-    """The text in the place of a figure, without what stands in brackets."""
-    return row.p50.partition(" (")[0]
+    """The text in the place of a figure."""
+    return _shortened(row.p50)
+
+
+def _shortened(text: str) -> str:
+    """As much as fits a cell: without what stands in brackets, on one line."""
+    return textwrap.shorten(text.partition(" (")[0].replace("|", "/"), LONGEST, placeholder=" …")
 
 
 def _spread(row: Row) -> str:

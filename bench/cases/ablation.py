@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[], Any]] = {WHOLE_LAST_BLOCK: whole_last_block, TO_
 
 
 class PreparedAblation(PreparedExplanations):
-    """One model, explained with one thing changed at a time."""
+    """One model, explained with one thing changed at a time; each line is gated by the call that is timed."""
 
     @cached_property
     def classes(self) -> Tensor:
@@ -73,38 +73,33 @@ class PreparedAblation(PreparedExplanations):
     def call(self, entry: Entry) -> Callable[[], object]:
         if entry.work in BASELINES:
             return models.baseline(entry.work, self.model, self.images)
-        return self._calls(entry)(self.images)
+        work, each, columns = entry.work, self.explainer(entry), self._columns(entry.work)
+        looked = work == VALUES or self.images.device.type == "cpu"
 
-    def _calls(self, entry: Entry) -> Callable[[Tensor], Callable[[], object]]:
-        """From images to what is timed."""
-        on_cpu, work = self.images.device.type == "cpu", entry.work
-        methods = METHODS if work in (SEVERAL_METHODS, METHOD_BY_METHOD) else ("tokentm",)
-        if work == METHOD_BY_METHOD:
-            each = [Explainer(self.model, method) for method in methods]
-            return lambda images: lambda: [one.attribute(images, check_values=on_cpu) for one in each]
-        explainer = Explainer(self.model, methods if len(methods) > 1 else methods[0], **OPTIONS.get(work, {}))
-        columns = {SEVERAL_CLASSES: [self.classes], CLASS_BY_CLASS: self.classes.unbind(1)}.get(work, [None])
-        looked = work == VALUES or on_cpu
+        def call() -> object:
+            with CHANGES[work]() if work in CHANGES else nullcontext():
+                return [one.attribute(self.images, column, check_values=looked) for one in each for column in columns]
 
-        def prepared(images: Tensor) -> Callable[[], object]:
-            def call() -> object:
-                with CHANGES[work]() if work in CHANGES else nullcontext():
-                    return [explainer.attribute(images, column, check_values=looked) for column in columns][-1]
-
-            return call
-
-        return prepared
+        return call
 
     def check(self, entry: Entry) -> Check | None:
-        """Of what explains the predicted class by one method; the others are the same calls, or several of them."""
-        if entry.work in BASELINES or entry.work in OTHERS[3:]:
+        """Every method's map, for every class."""
+        if entry.work in BASELINES:
             return None
-        found = self._calls(entry)(self.images)
-        return self.gate.check("tokentm", lambda *_: ours.all_values(found())[: len(self.gate.images)], self._predicted)
+        return ours.check(self.gate, ours.called(self.call(entry), self.images.device))
 
-    @property
-    def _predicted(self) -> Tensor:
-        return models.forward(self.model, self.images).argmax(-1)[: len(self.gate.images)]
+    def _explainer(self, entry: Entry) -> list[Explainer]:
+        """Those that are called one after the other."""
+        work = entry.work
+        if work == METHOD_BY_METHOD:
+            return [Explainer(self.model, method) for method in METHODS]
+        return [Explainer(self.model, METHODS if work == SEVERAL_METHODS else AS_IT_IS, **OPTIONS.get(work, {}))]
+
+    def _columns(self, work: str) -> Sequence[Tensor | None]:
+        """The classes of each call."""
+        if work == SEVERAL_CLASSES:
+            return (self.classes,)
+        return self.classes.unbind(1) if work == CLASS_BY_CLASS else (None,)
 
 
 class Ablation(TimedCase):

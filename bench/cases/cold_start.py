@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,12 @@ from typing import ClassVar
 
 import torch
 
-from vitexplain.kernels.launch import KernelVariant, architecture_of
+from vitexplain.kernels.attention_backward.choose import one_pass_is_faster
+from vitexplain.kernels.launch import KernelVariant, architecture_of, recorded_launches
 
 from ..record import Row, spread, unavailable
-from ..registry import EXPLANATION, MODEL_ITSELF, TORCH, TRITON, Case, Entry, Setting, Size
+from ..registry import EXPLANATION, MODEL_ITSELF, TORCH, TRITON, Case, Entry, Setting, Size, Unavailable
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 METHOD, REPEATS = "tokentm", 3
 LIBRARIES, IMPORT, FIRST, SECOND = STEPS = (
     "import torch and timm",
@@ -32,8 +33,10 @@ LIBRARIES, IMPORT, FIRST, SECOND = STEPS = (
 AT_FIRST_USE, AHEAD = f"{TRITON}, compiled at first use", f"{TRITON}, compiled ahead of time"
 ARCHITECTURE = "90"  # that the compiler's time is measured for
 COMPILER = f"Triton's compiler, sm_{ARCHITECTURE}"
-# What one explanation by tokentm launches
-LAUNCHED = r"^(single_row|token_transformation|attention_token_transformation|normalise)"
+HEAD_DIM = 64
+IMAGES = "VITEXPLAIN_AOT_IMAGES"
+# What one explanation by tokentm may launch
+LAUNCHED = r"^(single_row|token_transformation|attention_token_transformation|normalise|delta|attention_backward)_kernel$"
 
 # Milliseconds of import, first and second explanation, for MODEL METHOD BATCH IMAGE_SIZE DTYPE DEVICE. The package loads its
 # parts when they are named, so the explainer is: what it brings, torch and timm above all, is counted. One forward comes before
@@ -69,13 +72,20 @@ print(json.dumps([1e3 * (time.perf_counter() - started)]))
 
 
 def one_process(code: str, arguments: Sequence[str] = (), variables: dict[str, str] | None = None) -> list[float]:
-    """Milliseconds that a fresh process, with an empty cache of compiled kernels, measured of itself."""
+    """Milliseconds that a fresh process, with an empty cache of compiled kernels, measured of itself.
+
+    Raises ``Unavailable`` where one that was given images compiled something nonetheless.
+    """
+    variables = variables or {}
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, **(variables or {}), "TRITON_CACHE_DIR": cache}
+        environment = {**os.environ, **variables, "TRITON_CACHE_DIR": cache}
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        compiled = sorted(path.stem for path in Path(cache).rglob("*.cubin"))
     if done.returncode:
         raise SystemExit(f"cold start: the process failed\n{done.stderr}")
+    if compiled and IMAGES in variables:
+        raise Unavailable(f"not compiled ahead: {', '.join(compiled)}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -86,11 +96,25 @@ def steps(size: Size, device_type: str, variables: dict[str, str] | None = None)
     return dict(zip((IMPORT, FIRST, SECOND), map(list, zip(*samples, strict=True)), strict=True))
 
 
-def compile_milliseconds(architecture: str, dtype: str) -> float:
-    """Triton's compiler for the variants that the first explanation launches, one after the other, with an empty cache."""
-    from vitexplain.kernels.aot.compile import compile_variant, shipped_variants
+def launched_variants(size: Size, architecture: str) -> list[KernelVariant]:
+    """The kernel variants that the first explanation of a size launches."""
+    from vitexplain.kernels.shipped_variants import ShippedInputs
 
-    variants = [variant for variant in shipped_variants(architecture, [dtype], [64], LAUNCHED) if is_launched(variant)]
+    with recorded_launches(architecture) as recorded:
+        inputs = ShippedInputs(size.torch_dtype, HEAD_DIM, size.tokens)
+        inputs.rows_launches(size.tokens)
+        inputs.rows_launches(1)  # the last block
+        inputs.transformation_launches()
+        if one_pass_is_faster(inputs.query, size.tokens):
+            inputs.backward_launches()
+    return [variant for variant in dict.fromkeys(recorded) if is_launched(variant)]
+
+
+def compile_milliseconds(size: Size, architecture: str) -> float:
+    """Triton's compiler for the variants that the first explanation launches, one after the other, with an empty cache."""
+    from vitexplain.kernels.aot.compile import compile_variant
+
+    variants = launched_variants(size, architecture)
     compile_variant(variants[0], architecture)  # the compiler's own start
     with tempfile.TemporaryDirectory() as cache, _variable("TRITON_CACHE_DIR", cache):
         started = time.perf_counter()
@@ -102,8 +126,10 @@ def compile_milliseconds(architecture: str, dtype: str) -> float:
 def is_launched(variant: KernelVariant) -> bool:
     """Whether an explanation by tokentm launches this variant."""
     constants = dict(variant.constants)
+    if not re.search(LAUNCHED, variant.kernel) or constants.get("PHI", "p_relu_g") != "p_relu_g":
+        return False
     if variant.kernel == "single_row_kernel":
-        return constants["PHI"] == "p_relu_g" and "token_weights" not in constants
+        return "token_weights" not in constants
     return constants.get("branch", "") is None or variant.kernel != "token_transformation_kernel"
 
 
@@ -119,13 +145,20 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
-def compiled_ahead(dtype: str) -> Iterator[Path]:
-    """A folder of kernels compiled for the GPU at hand."""
-    with tempfile.TemporaryDirectory() as folder:
-        images, architecture = Path(folder), architecture_of(torch.device("cuda", 0))
-        build = ["-m", "kernels.aot.compile", "--architecture", architecture, "--output", str(images / architecture)]
-        subprocess.run([sys.executable, *build, "--dtypes", dtype, "--head-dims", "64"], check=True, cwd=ROOT)
-        yield images
+def compiled_ahead(size: Size, architecture: str) -> Iterator[Path]:
+    """A folder of what the first explanation launches, compiled; all else would be built for nothing."""
+    import triton
+
+    from vitexplain.kernels.aot.compile import build_image
+    from vitexplain.kernels.aot.manifest import Manifest
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / architecture
+        folder.mkdir()
+        variants = enumerate(launched_variants(size, architecture))
+        images = (build_image(variant, architecture, folder, f"{number}_{variant.kernel}") for number, variant in variants)
+        Manifest(architecture, triton.__version__, torch.__version__, tuple(images)).write(folder)
+        yield folder.parent
 
 
 class ColdStart(Case):
@@ -152,26 +185,33 @@ class ColdStart(Case):
     def measure(self, size: Size, setting: Setting) -> Iterator[Row]:
         device = setting.device
         entries = [entry for entry in self.entries(size, device.type) if setting.wants(entry)]
-        found: dict[str, dict[str, list[float]]] = {}  # by provider; all steps are of the same processes
+        found: dict[str, dict[str, dict[str, object]]] = {}  # by provider; all steps are of the same processes
         for entry in entries:
             if entry.work == COMPILER and find_spec("triton") is None:
                 yield self.row(entry, size, "time", "ms", unavailable("triton is not installed"), device)
                 continue
             if entry.work in (LIBRARIES, COMPILER):
-                samples = [self._alone(entry, size) for _ in range(REPEATS)]
+                figures = spread([self._alone(entry, size) for _ in range(REPEATS)])
             else:
                 if entry.provider not in found:
-                    found[entry.provider] = self._steps(entry.provider, size, device.type)
-                samples = found[entry.provider][entry.work]
-            yield self.row(entry, size, "time", "ms", spread(samples), device)
+                    found[entry.provider] = self._figures(entry.provider, size, device.type)
+                figures = found[entry.provider][entry.work]
+            yield self.row(entry, size, "time", "ms", figures, device)
+
+    def _figures(self, provider: str, size: Size, device_type: str) -> dict[str, dict[str, object]]:
+        """By step: how long it took, or why that cannot be said."""
+        try:
+            return {step: spread(samples) for step, samples in self._steps(provider, size, device_type).items()}
+        except Unavailable as reason:
+            return dict.fromkeys((IMPORT, FIRST, SECOND), unavailable(reason))
 
     @staticmethod
     def _alone(entry: Entry, size: Size) -> float:
-        return one_process(IMPORTING)[0] if entry.work == LIBRARIES else compile_milliseconds(ARCHITECTURE, size.dtype)
+        return one_process(IMPORTING)[0] if entry.work == LIBRARIES else compile_milliseconds(size, ARCHITECTURE)
 
     @staticmethod
     def _steps(provider: str, size: Size, device_type: str) -> dict[str, list[float]]:
         if provider != AHEAD:
             return steps(size, device_type, {"VITEXPLAIN_AOT": "0"})
-        with compiled_ahead(size.dtype) as images:
-            return steps(size, device_type, {"VITEXPLAIN_AOT_IMAGES": str(images)})
+        with compiled_ahead(size, architecture_of(torch.device("cuda", 0))) as images:
+            return steps(size, device_type, {IMAGES: str(images)})

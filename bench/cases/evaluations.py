@@ -1,4 +1,4 @@
-"""Faithfulness evaluations: the pace of a whole one, and of one perturbation curve beside the loop of the papers' scripts."""
+"""Faithfulness evaluations: the pace of a whole one, and of one perturbation curve beside the loops of public scripts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from vitexplain.sources import Source
 from ..data_set_runs import RUNS, data_folder, expect_data, made_photos, random_model
 from ..faithfulness import CASES
 from ..record import Row, unavailable
-from ..registry import DENSE, EVALUATION, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, figure, ours
+from ..registry import EVALUATION, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, figure, ours
 
 WHOLE = "perturbation of the predicted class, all methods and controls"
 METHOD, SUBSTRATE = "tokentm", "black"
+# As public scripts do it
+ONE_BY_ONE, STEP_BY_STEP = "one forward a step and photo", "one forward a step"
 FORWARD_BATCHES = {"cpu": 64, "cuda": 512}  # changed images in one forward
-LIMIT = 1e-4  # between the curves of both, float32
+LIMIT = 1e-4  # between the curves of two ways, float32
 WHOLE_TIMES = 2  # batches of a whole evaluation
 CURVES = 8  # photos of the one curve: image by image, step by step takes long everywhere
 LEADS = ("images per second", "changed images per second")
@@ -67,17 +69,23 @@ class _Curves(Prepared):
     maps: RankedMaps
     spans: Tensor
 
-    def call(self, entry: Entry) -> Callable[[], object]:
-        return self.one_by_one if entry.provider == DENSE else self.together
+    def call(self, entry: Entry) -> Callable[[], Tensor]:
+        return {ONE_BY_ONE: self.one_by_one, STEP_BY_STEP: self.step_by_step}.get(entry.provider, self.together)
 
-    def check(self, entry: Entry) -> Check | None:  # noqa: ARG002
-        return Check(self.difference, LIMIT)
+    def check(self, entry: Entry) -> Check | None:
+        """Each way against image by image, step by step, and that against ours."""
+        other = self.curves_together if entry.provider == ONE_BY_ONE else self.curves_one_by_one
+        return Check(float((self.call(entry)().double() - other).norm() / other.norm()), LIMIT)
 
     @cached_property
-    def difference(self) -> float:
-        """Between both ways."""
-        together, alone = self.together().double(), self.one_by_one().double()
-        return float((together - alone).norm() / alone.norm())
+    def curves_together(self) -> Tensor:
+        """In float64."""
+        return self.together().double()
+
+    @cached_property
+    def curves_one_by_one(self) -> Tensor:
+        """In float64; they take long."""
+        return self.one_by_one().double()
 
     def together(self) -> Tensor:
         """Steps of all photos share forwards."""
@@ -96,22 +104,33 @@ class _Curves(Prepared):
                 curves[row, step] = self.batch.classifier.anatomy.model(changed).softmax(-1)[0, target]
         return curves
 
+    @torch.inference_mode()
+    def step_by_step(self) -> Tensor:
+        """All photos of the batch at one step."""
+        substrate, model = self.batch.substrate(SUBSTRATE), self.batch.classifier.anatomy.model
+        ranks = self.maps.ranks.view(-1, 1, *self.batch.images.shape[-2:])
+        targets, curves = self.batch.predicted.view(-1, 1), []
+        for removed in self.spans[:, 1].tolist():
+            changed = torch.where(ranks < removed, substrate, self.batch.images)
+            curves.append(model(changed).softmax(-1).gather(1, targets))
+        return torch.cat(curves, 1)
+
 
 class Evaluations(TimedCase):
     """Whole evaluations, and one curve; on a CPU with photos of ``../shared/data`` (or ``VITEXPLAIN_BENCH_DATA``)."""
 
     name: ClassVar[str] = "evaluations"
     kind: ClassVar[str] = EVALUATION
-    title: ClassVar[str] = "perturbation evaluations: pace of a whole one, and of a curve beside image by image, step by step"
+    title: ClassVar[str] = "perturbation evaluations: pace of a whole one, and of a curve beside one forward a step"
 
     def sizes(self, device_type: str) -> Sequence[Size]:
         model, batch = ("vit_base_patch16_224", 32) if device_type == "cuda" else ("deit_tiny_patch16_224", 8)
         return [Size(model, CURVES, 197), Size(model, batch, 197, dtype="bfloat16")]
 
     def entries(self, size: Size, device_type: str) -> Sequence[Entry]:
-        """Curves in float32, where both ways agree; whole evaluations with changed images in bfloat16, as they are run."""
+        """Curves in float32, where all ways agree; whole evaluations with changed images in bfloat16, as they are run."""
         if size.dtype == "float32":
-            return [Entry(curve_work(size), provider) for provider in (ours(device_type), DENSE)]
+            return [Entry(curve_work(size), provider) for provider in (ours(device_type), STEP_BY_STEP, ONE_BY_ONE)]
         return [Entry(WHOLE, ours(device_type))]
 
     def lead(self, entry: Entry) -> tuple[str, str]:

@@ -7,37 +7,59 @@ from functools import cache, partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vitexplain.kernels import triton_installed
 
 from ..layer import CPU_SIZES, GPU_SIZES, Layer, LayerSize
-from ..layer_operations import BY_WORK, LIBRARY, LIBRARY_CALLS, OPERATIONS, tensors_of
+from ..layer_operations import BY_WORK, EITHER, LIBRARY, LIBRARY_CALLS, OPERATIONS, tensors_of
 from ..peaks import BANDWIDTH, COMPUTE, peaks
+from ..providers.gate import worst
 from ..record import Row, spread
 from ..registry import OPERATION, TORCH, TRITON, Check, Counted, Entry, Prepared, Setting, Size, TimedCase, Unavailable, ours
 
-EPSILONS = 32  # the gate, in root mean square; the tests hold each operation to its own error budget
-SMALL = LayerSize(2, 2, 130, 64)  # what the gate looks at
+EPSILONS = 4  # roundings that no implementation can avoid
+GATED_TOKENS = 130  # the gate's small layer
+MOST_GATED_TOKENS = 1370  # up to which it looks at a layer of the timed length, too: one image, a pair of heads
 PEAK, DEVICE = "peak", "device"
 PEAKS = {"large product": (COMPUTE, "TFLOP/s"), "large copy": (BANDWIDTH, "TB/s")}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 BACKENDS = {TORCH: "torch", TRITON: "triton"}
 
 
-@cache
-def check(work: str, provider: str, dtype: torch.dtype, device: torch.device) -> Check | None:
-    """One call on a small layer, held against the dense formula in float64; once a process.
+def check(work: str, provider: str, layer: Layer) -> Check | None:
+    """Calls on layers of this one's head width: a small one, and one of as many tokens where that fits in float64.
 
     Raises ``Unavailable`` where the provider cannot run.
     """
     operation = BY_WORK.get(work)
     if operation is None or operation.exact is None:
         return None
-    layer = Layer(SMALL, dtype, device, operation.positive)
-    found, exact = tensors_of(call_of(work, provider, layer)()), tensors_of(operation.exact(layer.cast(torch.float64)))
-    errors = [float((one.double() - right).norm() / right.norm()) for one, right in zip(found, exact, strict=True)]
-    worst = max(errors, key=lambda error: float("inf") if error != error else error)  # NaN is not the least
-    return Check(worst, EPSILONS * torch.finfo(dtype).eps)
+    size = layer.size
+    gated = [LayerSize(2, 2, GATED_TOKENS, size.head_dim)]
+    if size.tokens <= MOST_GATED_TOKENS:
+        gated.append(LayerSize(1, 2, size.tokens, size.head_dim))
+    return worst([check_at(work, provider, one, layer.dtype, layer.device) for one in gated])
+
+
+@cache
+def check_at(work: str, provider: str, size: LayerSize, dtype: torch.dtype, device: torch.device) -> Check:
+    """One call held against the dense formula in float64, once a process: relative errors in root mean square.
+
+    It may be twice as far as the formula in the layer's own type, plus a few roundings, plus what the operation alone may.
+    """
+    operation = BY_WORK[work]
+    layer = Layer(size, dtype, device, operation.positive)
+    found = tensors_of(call_of(work, provider, layer)())
+    exact, plain = (tensors_of(operation.exact(one)) for one in (layer.cast(torch.float64), layer))
+    roundings = EPSILONS * torch.finfo(dtype).eps + operation.single_roundings * torch.finfo(torch.float32).eps
+    limits = [2 * _rms_error(one, right) + roundings for one, right in zip(plain, exact, strict=True)]
+    errors = [_rms_error(one, right) for one, right in zip(found, exact, strict=True)]
+    return worst(list(map(Check, errors, limits)))
+
+
+def _rms_error(received: Tensor, exact: Tensor) -> float:
+    return float((received.double() - exact).norm() / exact.norm())
 
 
 def call_of(work: str, provider: str, layer: Layer) -> Callable[[], object]:
@@ -63,14 +85,21 @@ class _OnLayer(Prepared):
         return call_of(entry.work, entry.provider, self.layer)
 
     def check(self, entry: Entry) -> Check | None:
-        return check(entry.work, entry.provider, self.layer.dtype, self.layer.device)
+        return check(entry.work, entry.provider, self.layer)
 
     def counted(self, entry: Entry) -> Counted | None:
         if entry.work in LIBRARY_CALLS:
             _, flops, moved_bytes = LIBRARY_CALLS[entry.work]
             return Counted(flops(self.layer), moved_bytes(self.layer), COMPUTE)
         operation = BY_WORK[entry.work]
-        return Counted(operation.flops(self.layer), operation.moved_bytes(self.layer), operation.bound, operation.against)
+        flops, moved_bytes = operation.flops(self.layer), operation.moved_bytes(self.layer)
+        bound = self._bound(flops / moved_bytes) if operation.bound == EITHER else operation.bound
+        return Counted(flops, moved_bytes, bound, operation.against)
+
+    def _bound(self, intensity: float) -> str:
+        """Which roof stands above so many FLOPs a byte."""
+        found = peaks(self.layer.device, self.layer.dtype)
+        return COMPUTE if intensity > found[COMPUTE].rate / found[BANDWIDTH].rate else BANDWIDTH
 
 
 class Operations(TimedCase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,65 +15,86 @@ from vitexplain.testing import DenseReference
 from ..registry import Check
 
 FLOAT32_TOLERANCE = 1e-5
+LARGEST_LIMIT = 0.2
 IMAGES = 2
 
-Explain = Callable[[Tensor, Tensor], Tensor]  # images and classes to values (B, n) or (B, h, w)
+
+class Reference(Protocol):
+    """A model's explanations of some images, all in one dtype."""
+
+    def explain(self, method: str, classes: Tensor, /, **options: Any) -> Tensor:
+        """Values (B, …) of one class an image (B,)."""
 
 
 class Gate:
     """Relative errors of explanations of one model, and how large they may be.
 
-    In float32 the budget is 1e-5 of the largest value; in half precision, and for methods that send relevance back, whose
-    quotients are ill-conditioned, twice the root mean square error of plain torch in that precision, plus four roundings.
+    In float32 the budget is 1e-5 of the largest value. In half precision, and for methods that send relevance back, whose
+    quotients are ill-conditioned, it is twice the root mean square error of plain torch in that precision, plus four roundings,
+    and 0.2 at most: where plain torch itself is further off, or not a number, it says nothing about what is right.
 
     Args:
         model: it is copied.
         images: the first two are used.
+        reference: made of model, images and a dtype.
+        exact: dtype of what explanations are held against.
 
     Attributes:
-        images: (2, 3, h, w).
+        images: (2, 3, h, w), or (1, 3, h, w) where there is one alone.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        reference: Callable[[nn.Module, Tensor, torch.dtype], Reference] = DenseReference,
+        exact: torch.dtype = torch.float64,
+    ) -> None:
         self.model, self.images = model, images[:IMAGES]
+        self._made_of, self._exact = reference, exact
         self._values: dict[object, Tensor] = {}
 
     @cached_property
-    def exact_run(self) -> DenseReference:
+    def exact_run(self) -> Reference:
         """In float64; one run for all methods."""
-        return DenseReference(self.model, self.images)
+        return self._made_of(self.model, self.images, self._exact)
 
     @cached_property
-    def plain_run(self) -> DenseReference:
+    def plain_run(self) -> Reference:
         """The same computation in the model's precision: what rounding alone does."""
-        return DenseReference(self.model, self.images, self.images.dtype)
+        return self._made_of(self.model, self.images, self.images.dtype)
 
-    @cached_property
-    def target(self) -> Tensor:
-        """The predicted classes (2,), as float64 sees them."""
-        return self.exact_run.logits.argmax(-1)
+    def let_go(self) -> None:
+        """Free both runs with all their maps; values that they gave stay, and another question starts them again."""
+        self.__dict__.pop("exact_run", None)
+        self.__dict__.pop("plain_run", None)
 
     def is_narrow(self, method: str) -> bool:
         """Whether float32's budget would be too small for any implementation."""
         return self.images.dtype != torch.float32 or REGISTRY[method].rules is not None
 
-    def check(self, method: str, explain: Explain, target: Tensor | None = None, **options: Any) -> Check:
-        """Error and limit of an implementation of a method with these options, for classes (2,) or (2, K)."""
-        target = self.target if target is None else target
-        received = explain(self.images, target).double().flatten(1)
-        exact = self._reference(self.exact_run, method, target, options)
+    def check(self, method: str, values: Tensor, classes: Tensor, **options: Any) -> Check:
+        """Error and limit of an implementation's values (2, …), or (2, K, …), of a method with these options.
+
+        ``classes``: what it explained, (2,) or (2, K).
+        """
+        received = values.double().flatten(1)
+        exact = self._values_of("exact_run", method, classes, options)
         if not self.is_narrow(method):
             return Check(float((received - exact).abs().max() / exact.abs().max()), FLOAT32_TOLERANCE)
-        plain = self._reference(self.plain_run, method, target, options)
-        limit = 2 * _rms_error(plain, exact) + 4 * torch.finfo(self.images.dtype).eps
-        return Check(_rms_error(received, exact), limit)
+        plain = self._values_of("plain_run", method, classes, options)
+        return Check(_rms_error(received, exact), _limit(_rms_error(plain, exact), self.images.dtype))
 
-    def _reference(self, run: DenseReference, method: str, target: Tensor, options: dict[str, Any]) -> Tensor:
-        """A reference's values (2, …) in float64, computed once for all providers."""
-        key = (run.dtype, method, str(target.tolist()), tuple(sorted(options.items())))
+    def _values_of(self, run: str, method: str, classes: Tensor, options: dict[str, Any]) -> Tensor:
+        """A reference's values of all classes, (2, …) in float64."""
+        columns = classes.view(len(classes), -1).unbind(1)
+        return torch.stack([self._values_of_one(run, method, column, options) for column in columns], 1).flatten(1)
+
+    def _values_of_one(self, run: str, method: str, classes: Tensor, options: dict[str, Any]) -> Tensor:
+        """Of classes (2,), computed once for all providers."""
+        key = (run, method, tuple(classes.tolist()), tuple(sorted(options.items())))
         if key not in self._values:
-            found = [run.explain(method, classes, **options) for classes in target.view(len(target), -1).unbind(1)]
-            self._values[key] = torch.stack(found, 1).double().flatten(1)
+            self._values[key] = getattr(self, run).explain(method, classes, **options).double()
         return self._values[key]
 
 
@@ -81,6 +102,12 @@ def worst(checks: list[Check]) -> Check:
     """The check that is the nearest to its limit, or the furthest beyond it."""
     failed = [check for check in checks if not check.passed]
     return failed[0] if failed else max(checks, key=lambda check: check.error / check.limit)
+
+
+def _limit(plain_error: float, dtype: torch.dtype) -> float:
+    """What an error may be where plain torch has this one."""
+    limit = 2 * plain_error + 4 * torch.finfo(dtype).eps
+    return limit if limit < LARGEST_LIMIT else LARGEST_LIMIT  # that of NaN, too, which ``min`` would hand on
 
 
 def _rms_error(received: Tensor, exact: Tensor) -> float:

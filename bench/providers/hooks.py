@@ -1,15 +1,19 @@
 """The explanation methods as their papers' authors wrote them: hooks, stored attention maps, chains of n × n matrices.
 
 Fused attention is switched off, a forward hook keeps every block's map and a tensor hook its gradient, and ``backward`` runs with
-the parameters' gradients, as a model does that nobody froze. Everything stays in the model's dtype, with maps as they come.
-It is a generous rival: it is correct, batched over images (the authors' code takes one image at a time), and lets go of what it
-stored. For methods whose authors' code is not of this form the dense reference stands in, in the model's dtype.
+the parameters' gradients, as a model does that nobody froze; a variant with frozen parameters tells what the maps cost from what
+those gradients cost. Everything stays in the model's dtype, with maps as they come. It is a generous rival: it is correct,
+batched over images (the authors' code takes one image at a time), and lets go of what it stored. CDAM stores no map.
+
+For ``transformer_attribution``, ``lrp``, ``partial_lrp`` and ``conservative_lrp`` the dense reference stands in, in the model's
+dtype: the authors' code is a model of its own, which records every layer's input as the reference does. Methods on pixels have no
+rival here: they need no map, and captum's own are what they are held against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Self
 
 import torch
@@ -17,40 +21,58 @@ from torch import Tensor, nn
 
 from vitexplain.testing import DenseReference
 
+STANDS_IN = ("transformer_attribution", "lrp", "partial_lrp", "conservative_lrp")  # the dense reference, for these
+
+
+@contextmanager
+def with_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Every parameter requires its gradient; afterwards none has one, and all require what they did."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_()
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.grad = None
+            parameter.requires_grad_(required)
+
 
 class StoredMaps:
     """A timm Vision Transformer whose attention maps are kept while the context is open; afterwards it is as it was.
 
     Args:
         model: it reads its class token.
-        gradients: the parameters' gradients are switched on, and ``backward`` keeps every map's.
+        gradients: every map's gradient is kept, too.
+        frozen: parameters get no gradients: ``backward`` ends at block 0's input.
+        by_block: every block's input is detached, and a map's gradient is that of what the model's head says at its own block.
 
     Attributes:
         maps, gradients: P and G of each block, (B, H, n, n).
         tokens, token_gradients: x, what enters each block, and its gradient, (B, n, d).
         values: v of each block, (B, H, n, dh).
         middles, mlp_outs: y and f of each block, (B, n, d).
+        outs: what leaves each block, (B, n, d); only ``by_block``.
     """
 
-    def __init__(self, model: nn.Module, gradients: bool = True) -> None:
+    def __init__(self, model: nn.Module, gradients: bool = True, *, frozen: bool = False, by_block: bool = False) -> None:
         if model.global_pool != "token":
             raise ValueError(f"expected a model that reads its class token, received global_pool={model.global_pool!r}")
-        self.model, self.with_gradients = model, gradients
+        self.model, self.with_gradients, self.frozen, self.by_block = model, gradients, frozen, by_block
         self.blocks = list(model.blocks)
         self.maps: list[Tensor] = []
         self.tokens: list[Tensor] = []
         self.values: list[Tensor] = []
         self.middles: list[Tensor] = []
         self.mlp_outs: list[Tensor] = []
+        self.outs: list[Tensor] = []
         self.gradients: dict[int, Tensor] = {}
         self.token_gradients: dict[int, Tensor] = {}
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         try:
-            for parameter in self.model.parameters() if self.with_gradients else ():
-                self._undo.callback(_set_gradient, parameter, parameter.requires_grad)
-                parameter.requires_grad_()
+            if self.with_gradients and not self.frozen:
+                self._undo.enter_context(with_parameter_gradients(self.model))
             for index, block in enumerate(self.blocks):
                 self._undo.callback(setattr, block.attn, "fused_attn", block.attn.fused_attn)
                 block.attn.fused_attn = False
@@ -64,9 +86,11 @@ class StoredMaps:
         self._undo.close()
 
     def _listen(self, index: int, block: nn.Module) -> None:
-        def keep_tokens(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.tokens.append(args[0])
-            self._keep_gradient(args[0], self.token_gradients, index)
+        def keep_tokens(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            tokens = self._entering(index, args[0])
+            self.tokens.append(tokens)
+            self._keep_gradient(tokens, self.token_gradients, index)
+            return tokens, *args[1:]
 
         def keep_map(_: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
             self.maps.append(out)
@@ -82,27 +106,48 @@ class StoredMaps:
         def keep_mlp_out(_: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
             self.mlp_outs.append(out)
 
-        for handle in (
+        def keep_out(_: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> None:
+            self.outs.append(out)
+
+        handles = [
             block.register_forward_pre_hook(keep_tokens),
             block.attn.attn_drop.register_forward_hook(keep_map),
             block.attn.qkv.register_forward_hook(keep_values),
             block.norm2.register_forward_pre_hook(keep_middle),
             block.ls2.register_forward_hook(keep_mlp_out),
-        ):
+        ]
+        if self.by_block:
+            handles.append(block.register_forward_hook(keep_out))
+        for handle in handles:
             self._undo.callback(handle.remove)
 
+    def _entering(self, index: int, tokens: Tensor) -> Tensor:
+        """What a block is given (B, n, d): a leaf where a graph of its own begins."""
+        if self.by_block:
+            tokens = tokens.detach()
+        begins = self.with_gradients and self.frozen and (self.by_block or index == 0)
+        return tokens.detach().requires_grad_() if begins else tokens
+
     def _keep_gradient(self, tensor: Tensor, kept: dict[int, Tensor], index: int) -> None:
-        if tensor.requires_grad:
+        if tensor.requires_grad and not self.by_block:
             tensor.register_hook(lambda gradient: kept.__setitem__(index, gradient))
 
     def run(self, images: Tensor, target: Tensor | None = None) -> Tensor:
         """Forward, and backward of the classes (B,), the predicted ones where there are none; logits (B, C)."""
         with torch.set_grad_enabled(self.with_gradients):
             logits = self.model(images)
-            if self.with_gradients:
-                target = logits.argmax(-1) if target is None else target
-                logits.gather(1, target.unsqueeze(1)).sum().backward()
+            target = logits.argmax(-1) if target is None else target
+            if self.by_block:
+                self._ask_blocks(target)
+            elif self.with_gradients:
+                _of_classes(logits, target).backward()
         return logits
+
+    def _ask_blocks(self, target: Tensor) -> None:
+        """The gradient of each block's map, of what the head says at that block."""
+        for index, (attention, out) in enumerate(zip(self.maps, self.outs, strict=True)):
+            logits = self.model.forward_head(self.model.norm(out))
+            (self.gradients[index],) = torch.autograd.grad(_of_classes(logits, target), attention)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -110,9 +155,9 @@ class StoredMaps:
         return [(attention, self.gradients[index]) for index, attention in enumerate(self.maps)]
 
 
-def _set_gradient(parameter: nn.Parameter, required: bool) -> None:
-    parameter.grad = None
-    parameter.requires_grad_(required)
+def _of_classes(logits: Tensor, target: Tensor) -> Tensor:
+    """The sum over images of the logits (B, C) of classes (B,)."""
+    return logits.gather(1, target.unsqueeze(1)).sum()
 
 
 def chain(updates: list[Tensor]) -> Tensor:
@@ -192,26 +237,55 @@ def token_weights(before: Tensor, moved: Tensor) -> Tensor:
     return ratio * nn.functional.cosine_similarity(before, moved, dim=-1).softmax(-1)
 
 
+def legrad(stored: StoredMaps) -> Tensor:
+    """Σ over blocks of the mean over heads and rows of relu(G), (B, n), G each block's own."""
+    return torch.stack([gradient.clamp(min=0).mean((1, 2)) for _, gradient in stored.pairs]).sum(0)
+
+
+def iba(stored: StoredMaps) -> Tensor:
+    """Σ over blocks of mean_h relu(P_h[cls] G_h[cls]), (B, n), G each block's own."""
+    return torch.stack([(p[:, :, 0] * g[:, :, 0]).clamp(min=0).mean(1) for p, g in stored.pairs]).sum(0)
+
+
+def cdam(model: nn.Module, images: Tensor, target: Tensor | None = None) -> Tensor:
+    """Σ over channels of t · ∂z/∂t (B, n), t what the last block's attention is called with: no map, fused attention."""
+    kept: list[Tensor] = []
+    handle = model.blocks[-1].attn.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    try:
+        with with_parameter_gradients(model), torch.enable_grad():
+            logits = model(images)
+            kept[0].retain_grad()
+            _of_classes(logits, logits.argmax(-1) if target is None else target).backward()
+    finally:
+        handle.remove()
+    return (kept[0].detach() * kept[0].grad).sum(-1)
+
+
 METHODS: dict[str, Callable[[StoredMaps], Tensor]] = {
-    function.__name__: function for function in (raw_attention, rollout, grad_cam, transformer_mm, tokentm, gmar, attcat)
+    function.__name__: function
+    for function in (raw_attention, rollout, grad_cam, transformer_mm, tokentm, gmar, attcat, legrad, iba)
 }
 WITHOUT_GRADIENT = ("raw_attention", "rollout")
+BY_BLOCK = ("legrad", "iba")
 
 
-def explain(model: nn.Module, images: Tensor, method: str, target: Tensor | None = None, **options: object) -> Tensor:
-    """Values of all tokens (B, n), or of all pixels (B, h, w), in the model's dtype; all that was stored is let go of.
+def explain(model: nn.Module, images: Tensor, method: str, target: Tensor | None = None, *, frozen: bool = False) -> Tensor:
+    """Values of all tokens (B, n), or of all pixels (B, h, w) for LRP, in the model's dtype; all that was stored is let go of.
 
     Args:
         model: a timm Vision Transformer; left as it was, without gradients.
         images: (B, 3, h, w) in the model's dtype.
         method: as this library names it, with the default options.
         target: classes (B,); the predicted ones where there are none.
-        **options: of a method that the dense reference stands in for.
+        frozen: parameters get no gradients; of a method on stored maps.
     """
-    if method not in METHODS:
+    if method == cdam.__name__:
+        return cdam(model, images, target)
+    if method in STANDS_IN:
         reference = DenseReference(model, images, images.dtype)
-        return reference.explain(method, reference.logits.argmax(-1) if target is None else target, **options)
-    with StoredMaps(model, gradients=method not in WITHOUT_GRADIENT) as stored:
+        return reference.explain(method, reference.logits.argmax(-1) if target is None else target)
+    stored_maps = StoredMaps(model, method not in WITHOUT_GRADIENT, frozen=frozen, by_block=method in BY_BLOCK)
+    with stored_maps as stored:
         stored.run(images, target)
         with torch.no_grad():
             return METHODS[method](stored)

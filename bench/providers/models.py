@@ -17,10 +17,11 @@ CLASSES = 1000
 GRADIENT_PASSES = 2  # a backward that stops at the activations costs about what the forward does
 
 
-def build(size: Size, device: torch.device) -> nn.Module:
-    """The model with random weights, always the same ones, and parameters frozen."""
+def build(size: Size, device: torch.device, depth: int | None = None) -> nn.Module:
+    """The model with random weights, always the same ones, and parameters frozen; of so many blocks, where a depth is given."""
     torch.manual_seed(0)
-    model = timm.create_model(size.model, img_size=size.image_size, num_classes=CLASSES)
+    cut = {} if depth is None else {"depth": depth}
+    model = timm.create_model(size.model, img_size=size.image_size, num_classes=CLASSES, **cut)
     return model.eval().to(device, size.torch_dtype).requires_grad_(False)
 
 

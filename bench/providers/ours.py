@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import vitexplain
 from vitexplain import Explainer, Explanation
 from vitexplain.errors import ExplanationError
 
-from ..registry import Unavailable
-from .gate import Explain
+from ..registry import Check, Unavailable
+from .gate import Gate, worst
 
 COMPILED, CUDA_GRAPH, CHECKPOINTED = "compiled", "CUDA graph", "checkpointed"
 FLOAT32_RELEVANCE = "relevance in float32"
@@ -23,7 +24,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     CHECKPOINTED: {"checkpoint": True},
     FLOAT32_RELEVANCE: {"precision": "float32"},
 }
-CALLS_UNTIL_REPLAY = 3  # a captured call is itself only after some that prepare it
+CALLS = {"cpu": 1, "cuda": 2}  # of what is gated: the first of a CUDA graph captures, the second is what is timed, a replay
 
 
 def switched(provider: str, *switches: str) -> str:
@@ -46,26 +47,32 @@ def timed(explainer: Explainer, images: Tensor, target: Any = None) -> Callable[
     return lambda: explainer.attribute(images, target, check_values=images.device.type == "cpu")
 
 
-def gated(explainer: Explainer, images: Tensor, label: str | None = None) -> Explain:
-    """What the gate calls: it explains some images as the first of the whole batch, which is what is timed.
+def called(call: Callable[[], object], device: torch.device) -> list[Explanation]:
+    """The explanations that a timed call returns, one or several, from a call that is like all that come after it.
 
-    Args:
-        explainer: of one method, or of several.
-        images: (B, 3, h, w), the gate's first.
-        label: of the method, where there are several.
+    Raises:
+        Unavailable: the library refuses.
     """
+    try:
+        for _ in range(CALLS[device.type]):
+            found = call()
+    except ExplanationError as reason:
+        raise Unavailable(str(reason)) from reason
+    return list(_each(found))
 
-    def explain(first: Tensor, target: Tensor) -> Tensor:
-        batch = torch.cat([first, images[len(first) :]])
-        targets = torch.cat([target, target[:1].expand(len(batch) - len(first), *target.shape[1:])])
-        try:
-            for _ in range(1 if images.device.type == "cpu" else CALLS_UNTIL_REPLAY):
-                found = timed(explainer, batch, targets)()
-        except ExplanationError as reason:
-            raise Unavailable(str(reason)) from reason
-        return all_values(found if label is None else found[label])[: len(first)]
 
-    return explain
+def _each(found: object) -> Iterator[Explanation]:
+    if isinstance(found, Explanation):
+        yield found
+        return
+    for one in found.values() if isinstance(found, dict) else found:
+        yield from _each(one)
+
+
+def check(gate: Gate, explanations: list[Explanation], options: Mapping[str, Any] = MappingProxyType({})) -> Check:
+    """The worst of several explanations' checks, each for the classes that it says it explains, of the gate's images alone."""
+    first = slice(len(gate.images))
+    return worst([gate.check(one.method, all_values(one)[first], one.target[first], **options) for one in explanations])
 
 
 def all_values(explanation: Explanation) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench.cases import ablation
-from bench.cases.ablation import AS_IT_IS, CHANGES, OPTIONS, TO_PIXELS, WHOLE_LAST_BLOCK, Ablation
+from bench.cases.ablation import AS_IT_IS, CHANGES, METHODS, OPTIONS, TO_PIXELS, WHOLE_LAST_BLOCK, Ablation
 from bench.providers import models
-from bench.registry import Setting, Size
+from bench.registry import BASELINES, Setting, Size
 from vitexplain.fused_attention import attention_backward
 from vitexplain.tap import Tap
 
@@ -29,8 +29,46 @@ def test_every_line_is_right_and_timed(tiny: Ablation) -> None:
         found = {row.metric: row for row in rows if row.work == entry.work}
         assert found["time"].measured, found["time"].p50
         assert found[f"ratio to {AS_IT_IS}"].measured
-        if entry.work in (*OPTIONS, *CHANGES):
+        if entry.work not in BASELINES:
             assert found["relative error"].value <= found["error limit"].value
+
+
+@pytest.mark.parametrize(
+    ("work", "held"),
+    [
+        (AS_IT_IS, [("tokentm", ())]),
+        (ablation.SEVERAL_CLASSES, [("tokentm", (5,))]),
+        (ablation.CLASS_BY_CLASS, [("tokentm", ())] * 5),
+        (ablation.SEVERAL_METHODS, [(method, ()) for method in METHODS]),
+        (ablation.METHOD_BY_METHOD, [(method, ()) for method in METHODS]),
+    ],
+)
+def test_every_method_and_class_is_gated(work: str, held: list[tuple[str, tuple[int, ...]]], monkeypatch) -> None:
+    prepared = Ablation().prepare(TINY, Setting(CPU))
+    check, seen = prepared.gate.check, []
+
+    def look(method: str, values: torch.Tensor, classes: torch.Tensor) -> object:
+        seen.append((method, tuple(classes.shape[1:])))
+        return check(method, values, classes)
+
+    monkeypatch.setattr(prepared.gate, "check", look)
+    entry = next(entry for entry in Ablation().entries(TINY, "cpu") if entry.work == work)
+    assert prepared.check(entry).passed
+    assert seen == held
+
+
+def test_one_wrong_class_of_several_is_refused(monkeypatch) -> None:
+    prepared = Ablation().prepare(TINY, Setting(CPU))
+    entry = next(entry for entry in Ablation().entries(TINY, "cpu") if entry.work == ablation.SEVERAL_CLASSES)
+    real = prepared.explainer(entry)[0].attribute
+
+    def attribute(*args: object, **options: object) -> object:
+        found = real(*args, **options)
+        found.maps[:, 3] *= 1.5
+        return found
+
+    monkeypatch.setattr(prepared.explainer(entry)[0], "attribute", attribute)
+    assert not prepared.check(entry).passed
 
 
 @pytest.mark.parametrize("work", [WHOLE_LAST_BLOCK, TO_PIXELS])

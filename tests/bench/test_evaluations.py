@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench.cases import evaluations
-from bench.cases.evaluations import WHOLE, Evaluations, _Curves
+from bench.cases.evaluations import ONE_BY_ONE, STEP_BY_STEP, WHOLE, Evaluations, _Curves
 from bench.data_set_runs import made_photos
-from bench.registry import DENSE, TORCH, Setting, Size
+from bench.registry import TORCH, Setting, Size
 from vitexplain.loading import LoadedModel
 from vitexplain.sources import Source
 
@@ -38,12 +38,14 @@ def tiny(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(evaluations, "photos_of", photos_of)
 
 
-def test_a_curve_is_measured_by_both_ways(tiny) -> None:  # noqa: ARG001
+def test_a_curve_is_measured_by_every_way(tiny) -> None:  # noqa: ARG001
     rows = list(CASE.measure(TINY, QUICK))
     work = "perturbation curve of one map, 2 photos"
     assert {(row.kind, row.case, row.work) for row in rows} == {("evaluation", "evaluations", work)}
-    assert {row.provider for row in rows if row.metric == "time" and row.measured} == {TORCH, DENSE}
-    assert all(row.value <= 1e-5 for row in rows if row.metric == "relative error")
+    assert {row.provider for row in rows if row.metric == "time" and row.measured} == {TORCH, STEP_BY_STEP, ONE_BY_ONE}
+    errors = [row.value for row in rows if row.metric == "relative error"]
+    assert len(errors) == 3
+    assert max(errors) <= 1e-5
 
 
 def test_curves_fall_from_the_whole_photo_to_none(tiny) -> None:  # noqa: ARG001
@@ -56,12 +58,20 @@ def test_curves_fall_from_the_whole_photo_to_none(tiny) -> None:  # noqa: ARG001
     assert torch.allclose(curves[0, -1], prepared.one_by_one()[0, -1], atol=1e-5)
 
 
-def test_curves_that_differ_are_not_timed(tiny, monkeypatch) -> None:  # noqa: ARG001
-    right = _Curves.one_by_one
-    monkeypatch.setattr(_Curves, "one_by_one", lambda self: right(self) + 0.01)
+@pytest.mark.parametrize(
+    ("way", "wrong"),
+    [
+        ("one_by_one", {TORCH, STEP_BY_STEP, ONE_BY_ONE}),  # what the others are held against
+        ("together", {TORCH, ONE_BY_ONE}),
+        ("step_by_step", {STEP_BY_STEP}),
+    ],
+)
+def test_curves_that_differ_are_not_timed(tiny, monkeypatch, way: str, wrong: set[str]) -> None:  # noqa: ARG001
+    right = getattr(_Curves, way)
+    monkeypatch.setattr(_Curves, way, lambda self: right(self) + 0.01)
     rows = [row for row in CASE.measure(TINY, QUICK) if row.metric == "time"]
-    assert len(rows) == 2
-    assert all(row.p50.startswith("wrong: error ") for row in rows)
+    assert {row.provider for row in rows if row.p50.startswith("wrong: error ")} == wrong
+    assert {row.provider for row in rows if row.measured} == {TORCH, STEP_BY_STEP, ONE_BY_ONE} - wrong
 
 
 def test_a_whole_evaluation_has_its_pace(tiny, monkeypatch) -> None:  # noqa: ARG001
@@ -76,5 +86,7 @@ def test_a_whole_evaluation_has_its_pace(tiny, monkeypatch) -> None:  # noqa: AR
 def test_without_data_every_line_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("VITEXPLAIN_BENCH_DATA", str(tmp_path))
     rows = [row for size in CASE.sizes("cpu") for row in CASE.measure(size, QUICK)]
-    assert [(row.provider, row.metric) for row in rows] == [(TORCH, "time"), (DENSE, "time"), (TORCH, "images per second")]
+    assert [(row.provider, row.metric) for row in rows] == [
+        *((provider, "time") for provider in (TORCH, STEP_BY_STEP, ONE_BY_ONE)), (TORCH, "images per second"),
+    ]  # fmt: skip
     assert {row.p50 for row in rows} == {f"unavailable: no imagenet_sample_500.npz in {tmp_path.name}"}

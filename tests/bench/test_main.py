@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import pytest
 from bench import __main__ as command
 from bench import registry
 from bench.cases import CASES
-from bench.record import Row, read_rows, results_path, spread
+from bench.record import Row, read_rows, results_path, spread, unavailable, update
 from bench.registry import EXPLANATION, Case, Entry, Setting, Size, figure
 
 SIZES = (Size("small", 8, 197), Size("small", 8, 577), Size("large", 4, 197, dtype="bfloat16"))
@@ -57,7 +59,7 @@ def test_figures_go_into_the_devices_file_and_are_replaced_there(toy: Toy, capsy
     assert [(row.tokens, row.metric) for row in rows] == [(n, m) for n in (197, 577, 197) for m in ("time", "pace")]
     setting = toy.asked[0][1]
     assert (setting.device.type, setting.least, setting.works, setting.providers) == ("cpu", 7, ("tokentm",), ())
-    assert (setting.memory, setting.limit_gb) == (False, 3)
+    assert (setting.memory, setting.limit_gb, setting.deadline) == (False, 3, float("inf"))
     assert str(results_path("cpu")) in capsys.readouterr().out
 
 
@@ -79,23 +81,79 @@ def test_what_a_budget_leaves_out_is_named(toy: Toy, capsys) -> None:
     command.main(["run", "--device", "cpu", "--budget", "0"])
     assert toy.asked == []
     printed = capsys.readouterr().out
-    assert "left out, the budget of 0 s is spent: toy small/8/577/float32" in printed
+    assert "left out, the budget is spent: toy small/8/577/float32" in printed
     assert not results_path("cpu").exists()
 
 
-def test_figures_are_kept_when_a_later_size_fails(toy: Toy, monkeypatch) -> None:
+def _failing(monkeypatch, error: BaseException) -> None:
+    """The second size fails after its first figure."""
     right = Toy.measure
 
-    def fail_later(self: Toy, size: Size, setting: Setting) -> Iterator[Row]:
+    def fail(self: Toy, size: Size, setting: Setting) -> Iterator[Row]:
+        rows = right(self, size, setting)
+        yield next(rows)
         if size == SIZES[1]:
-            raise RuntimeError("broken")
-        yield from right(self, size, setting)
+            raise error
+        yield from rows
 
-    monkeypatch.setattr(Toy, "measure", fail_later)
-    with pytest.raises(RuntimeError, match="broken"):
+    monkeypatch.setattr(Toy, "measure", fail)
+
+
+def test_a_size_that_fails_is_named_in_the_end_and_the_others_go_on(toy: Toy, monkeypatch, capsys) -> None:
+    _failing(monkeypatch, RuntimeError("broken\nin detail"))
+    with pytest.raises(SystemExit, match=r"^failed:\ntoy small/8/577/float32: RuntimeError: broken$"):
         command.main(["run", "--device", "cpu"])
+    assert [size for size, _ in toy.asked] == list(SIZES)
+    assert [row.tokens for row in read_rows(results_path("cpu"))] == [197, 197, 577, 197, 197]
+    assert "in detail" in capsys.readouterr().err
+
+
+def test_nothing_is_begun_on_a_lost_device(toy: Toy, monkeypatch, tmp_path) -> None:
+    _failing(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    monkeypatch.setattr(registry, "environment", lambda *_: {"device": "A GPU", "threads": 1, "versions": ""})
+    cuda, path = Setting(command.torch.device("cuda")), tmp_path / "benchmark.csv"
+    failed = command._measure_all([(toy, size) for size in SIZES], cuda, path)
+    assert [size for size, _ in toy.asked] == list(SIZES[:2])
+    assert len(read_rows(path)) == 3, "what there is was written"
+    assert failed[-1] == "the device is lost: what comes after it was not begun"
+
+
+def test_being_told_to_end_is_an_exit_that_writes(toy: Toy, monkeypatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    right = Toy.measure
+
+    def told(self: Toy, size: Size, setting: Setting) -> Iterator[Row]:
+        yield from right(self, size, setting)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Toy, "measure", told)
+    with pytest.raises(SystemExit, match="143"):
+        command.main(["run", "--device", "cpu"])
+    assert len(toy.asked) == 1
     assert {row.tokens for row in read_rows(results_path("cpu"))} == {197}
-    assert toy.asked
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_results_go_into_another_folder_and_are_merged_from_there(toy: Toy, results, tmp_path, capsys) -> None:  # noqa: ARG001
+    command.main(["run", "--device", "cpu", "--size", "large/*"])
+    kept = read_rows(results_path("cpu"))
+    command.main(["run", "--device", "cpu", "--size", "*/577/*", "--results", str(tmp_path / "out")])
+    path = tmp_path / "out" / "cpu" / "benchmark.csv"
+    assert str(path) in capsys.readouterr().out
+    added = read_rows(path)
+    assert {row.tokens for row in added} == {577}, "what this run has measured, and nothing that another one may replace by then"
+    assert read_rows(results_path("cpu")) == kept, "the repository's file is as it was"
+    gpu = tmp_path / "out" / "nvidia-h200" / "benchmark.csv"
+    update(gpu, [replace(row, **unavailable("not there")) for row in kept[:1]])
+    results("nvidia-h200", kept)
+    command.main(["merge", str(path), str(gpu)])
+    assert read_rows(results_path("cpu")) == kept + added
+    assert read_rows(results_path("nvidia-h200")) == kept, "what is unavailable replaces no figure"
+
+
+def test_a_file_without_rows_is_not_merged(results, tmp_path) -> None:  # noqa: ARG001
+    with pytest.raises(SystemExit, match=r"absent\.csv: expected rows of the benchmark, found none"):
+        command.main(["merge", str(tmp_path / "absent.csv")])
 
 
 def test_blank_lines_are_written_and_never_overwrite_what_was_measured(toy: Toy, results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,22 @@ from bench import layer_operations
 from bench.cases import operations
 from bench.cases.operations import DEVICE, Operations
 from bench.layer import CPU_SIZES, GPU_SIZES, Layer, LayerSize
-from bench.layer_operations import BACKWARD, BY_WORK, COLUMN_MEANS, FORWARD, LIBRARY, NAIVE_COLREDUCE, OPERATIONS
+from bench.layer_operations import (
+    BACKWARD,
+    BACKWARD_AND_ROW,
+    BY_WORK,
+    COLUMN_MEANS,
+    COLUMN_MEANS_ALONE,
+    EITHER,
+    FORWARD,
+    LIBRARY,
+    NAIVE_COLREDUCE,
+    OPERATIONS,
+    TWO_PASSES,
+)
+from bench.peaks import BANDWIDTH, COMPUTE, Peak
 from bench.record import Row
-from bench.registry import COLREDUCE, DENSE, TORCH, TRITON, Setting, Size
+from bench.registry import COLREDUCE, DENSE, TORCH, TRITON, Entry, Setting, Size, Unavailable
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, seconds=0.001, least=3)
@@ -26,9 +40,9 @@ CASE = Operations()
 @pytest.fixture(autouse=True)
 def unchecked() -> Iterator[None]:
     """Every test checks anew."""
-    operations.check.cache_clear()
+    operations.check_at.cache_clear()
     yield
-    operations.check.cache_clear()
+    operations.check_at.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +69,7 @@ def test_every_line_has_time_work_and_one_fraction_of_a_peak(rows: list[Row]) ->
 
 def test_work_is_counted_as_products_of_queries_with_keys(rows: list[Row]) -> None:
     found = {row.work: row.value for row in rows if row.metric == "work" and row.provider in (LIBRARY, TORCH)}
-    for work, products in ((FORWARD, 2), (BACKWARD, 5), (COLUMN_MEANS, 1), ("attention_backward with the row, one pass", 5)):
+    for work, products in ((FORWARD, 2), (BACKWARD, 5), (COLUMN_MEANS, 1), (BACKWARD_AND_ROW, 5)):
         assert found[work] == pytest.approx(products * PAIR / 1e9, rel=1e-3)
     rates = {row.metric: row.value for row in rows if row.work == COLUMN_MEANS and row.provider == TORCH}
     assert rates["rate"] == pytest.approx(rates["work"] / rates["time"], rel=1e-2)
@@ -67,13 +81,65 @@ def test_a_rate_over_fused_attention_is_the_ratio_of_the_rates(rows: list[Row]) 
     assert mine[f"rate over {FORWARD}"] == pytest.approx(0.5 / mine[f"ratio to {FORWARD}"], rel=0.02)
 
 
+def test_two_ways_of_one_work_are_counted_alike(rows: list[Row]) -> None:
+    mine = [row for row in rows if row.work == BACKWARD_AND_ROW]
+    assert {row.provider for row in mine} == {TORCH, f"{TORCH}, {TWO_PASSES}"}
+    for metric in ("work", "moved"):
+        assert len({row.p50 for row in mine if row.metric == metric}) == 1
+
+
+def test_a_projection_reads_tokens_values_and_its_weight_once() -> None:
+    layer = Layer(LayerSize(2, 3, 10, 4), torch.bfloat16, CPU)
+    (operation,) = (operation for operation in OPERATIONS if operation.bound == EITHER)
+    assert operation.moved_bytes(layer) == 2 * (2 * 10 * 12) * 2 + 12 * 12 * 2 + 2 * 3 * 10 * 4
+
+
+@pytest.mark.parametrize(("ridge", "bound"), [(1.0, COMPUTE), (1e6, BANDWIDTH)])
+def test_intensity_decides_which_roof_a_projection_is_held_against(monkeypatch, ridge: float, bound: str) -> None:
+    roof = {COMPUTE: Peak(ridge, ()), BANDWIDTH: Peak(1.0, ())}
+    monkeypatch.setattr(operations, "peaks", lambda *_: roof)
+    (work,) = (operation.work for operation in OPERATIONS if operation.bound == EITHER)
+    counted = CASE.prepare(TINY, QUICK).counted(Entry(work, TORCH))
+    assert counted is not None
+    assert counted.bound == bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.work)
 def test_every_operation_and_every_rival_is_right(operation: layer_operations.Operation, dtype: torch.dtype) -> None:
-    for provider in (TORCH, *operation.rivals):
-        check = operations.check(operation.work, provider, dtype, CPU)
+    layer = Layer(LayerSize(1, 2, 197, 80), dtype, CPU)
+    for provider in (TORCH, *operation.rivals, *operation.on_cpu):
+        if provider == NAIVE_COLREDUCE:
+            pytest.importorskip("flash_colreduce", reason="the nearest prior art, which not every platform can install")
+        check = operations.check(operation.work, provider, layer)
         assert check is not None
-        assert check.passed, provider
+        assert check.passed, (provider, check)
+        assert check.limit < 0.1
+
+
+def test_the_gate_looks_at_the_layers_width_and_length(monkeypatch) -> None:
+    looked: list[tuple[int, ...]] = []
+
+    def check_at(work: str, provider: str, size: LayerSize, *_: object) -> operations.Check:  # noqa: ARG001
+        looked.append((size.batch, size.heads, size.tokens, size.head_dim))
+        return operations.Check(size.tokens / 1e4, 1.0)
+
+    monkeypatch.setattr(operations, "check_at", check_at)
+    monkeypatch.setattr(operations, "MOST_GATED_TOKENS", 150)
+    for tokens, worst in ((140, 0.014), (160, 0.013)):
+        found = operations.check(COLUMN_MEANS, TORCH, Layer(LayerSize(1, 3, tokens, 24), torch.float32, CPU))
+        assert found is not None
+        assert found.error == worst
+    assert looked == [(2, 2, 130, 24), (1, 2, 140, 24), (2, 2, 130, 24)]
+
+
+@pytest.mark.parametrize(("dtype", "worse"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_result_further_off_than_rounding_is_wrong(monkeypatch, dtype: torch.dtype, worse: float) -> None:
+    right = layer_operations.kernels.row_propagation
+    monkeypatch.setattr(layer_operations.kernels, "row_propagation", lambda *a, **k: (1 + worse) * right(*a, **k))
+    check = operations.check(COLUMN_MEANS, TORCH, Layer(LayerSize(1, 2, 130, 16), dtype, CPU))
+    assert check.error == pytest.approx(worse, rel=0.3)
+    assert not check.passed
 
 
 def test_a_wrong_operation_is_not_timed(monkeypatch) -> None:
@@ -88,23 +154,33 @@ def test_a_wrong_operation_is_not_timed(monkeypatch) -> None:
 def test_a_result_that_is_not_a_number_is_wrong(monkeypatch) -> None:
     right = layer_operations.kernels.head_norms
     monkeypatch.setattr(layer_operations.kernels, "head_norms", lambda *a, **k: float("nan") * right(*a, **k))
-    check = operations.check("head_norms, L1", TORCH, torch.float32, CPU)
+    check = operations.check("head_norms, L1", TORCH, Layer(LayerSize(1, 2, 33, 16), torch.float32, CPU))
     assert check is not None
     assert not check.passed
 
 
 def test_a_rival_that_is_not_installed_says_so(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_colreduce", None)
-    setting = Setting(CPU, 0.001, 2, works=(COLUMN_MEANS,), providers=(COLREDUCE,))
+    setting = Setting(CPU, 0.001, 2, works=(COLUMN_MEANS_ALONE,), providers=(COLREDUCE,))
     rows = [row for row in CASE.measure(TINY, setting) if row.provider == NAIVE_COLREDUCE]
-    assert [row.p50 for row in rows] == ["unavailable: flash-colreduce is not installed"] * 2
+    assert [row.p50 for row in rows] == ["unavailable: flash-colreduce is not installed"]
+
+
+def test_in_float32_on_a_gpu_the_rival_that_takes_tf32_is_not_compared(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=lambda query, *_, **__: query))
+    call = BY_WORK[COLUMN_MEANS_ALONE].on_gpu[COLREDUCE]
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), query=torch.ones(1, 2, 3), key=None, scale=1.0)
+    with pytest.raises(Unavailable, match="flash-colreduce multiplies float32 in TF32"):
+        call(SimpleNamespace(dtype=torch.float32, **vars(on_gpu)))
+    assert call(SimpleNamespace(dtype=torch.bfloat16, **vars(on_gpu))) is not None
 
 
 def test_on_a_gpu_tiled_torch_stands_beside_triton() -> None:
     entries = CASE.entries(Size("12 heads of 64", 64, 197, 0, "bfloat16"), "cuda")
     providers = {work: [entry.provider for entry in entries if entry.work == work] for work in BY_WORK}
-    assert providers[COLUMN_MEANS] == [TRITON, TORCH, DENSE, COLREDUCE]
-    assert providers["attention_backward with the row, one pass"] == [TRITON, TORCH]
+    assert providers[COLUMN_MEANS] == [TRITON, TORCH, DENSE], "flash-colreduce makes its own logsumexp"
+    assert providers[COLUMN_MEANS_ALONE] == [TRITON, DENSE, COLREDUCE]
+    assert providers[BACKWARD_AND_ROW] == [TRITON, TORCH, f"{TRITON}, {TWO_PASSES}"]
     assert TORCH not in providers["relevance_rows"]
     longest = CASE.entries(Size("16 heads of 64", 1, 16385, 0, "bfloat16"), "cuda")
     assert not any(entry.work.startswith("contribution_map") for entry in longest)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
 from bench import plot
 from bench.plot import draw, fitted_exponent
 from bench.record import Row
-from bench.registry import CAPTUM, DENSE, GRAD_CAM, MODEL_ITSELF, TORCH, TRITON
+from bench.registry import CAPTUM, COLREDUCE, DENSE, GRAD_CAM, MODEL_ITSELF, TORCH, TRITON
 
 from . import made_rows
 
@@ -127,9 +129,46 @@ def test_a_provider_has_one_colour() -> None:
     colours = [plot.colour(name) for name in (TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, MODEL_ITSELF)]
     assert len(set(colours)) == len(colours)
     for provider in (TORCH, TRITON):
-        for variant in plot.VARIANTS:
-            assert plot.colour(f"{provider}, {variant}") == plot.VARIANTS[variant]
-        assert plot.colour(f"{provider}, another") == plot.colour(provider)
+        assert plot.colour(f"{provider}, compiled, CUDA graph") == plot.colour(provider)
+    assert plot.colour(f"{DENSE}, frozen parameters") == plot.colour(DENSE)
+    assert plot.colour(f"{COLREDUCE} (naive)") == plot.colour(COLREDUCE) != plot.OTHER
+    assert plot.colour("somebody else, compiled") == plot.OTHER
+
+
+def test_variants_are_dashed_in_the_colour_of_their_provider() -> None:
+    (axes,) = plot.time_over_tokens([*made_rows.resolution()]).axes
+    lines = {line.get_label().partition("  ")[0]: line for line in axes.lines}
+    plain, variant = lines[f"tokentm, {TORCH}"], lines[f"tokentm, {TORCH}, checkpointed"]
+    assert plain.get_color() == variant.get_color() == plot.colour(TORCH)
+    assert (plain.get_linestyle(), variant.get_linestyle()) == ("-", "--")
+    assert lines[f"tokentm, {DENSE}"].get_linestyle() == "-"
+
+
+def test_works_are_told_by_their_markers() -> None:
+    rows = [*made_rows.resolution()]
+    others = [replace(row, work="rollout") for row in rows if (row.work, row.provider) == ("tokentm", TORCH)]
+    (axes,) = plot.time_over_tokens([*rows, *others]).axes
+    drawn = [line for line in axes.lines if line.get_label().startswith((f"tokentm, {TORCH}  ", f"rollout, {TORCH}  "))]
+    assert [(line.get_marker(), line.get_linestyle()) for line in drawn] == [("o", "-"), ("s", "-")]
+
+
+def test_bars_of_variants_are_hatched_each_in_its_own_way() -> None:
+    rows = [*made_rows.explanations()]
+    for variant in ("compiled", "CUDA graph"):
+        rows += [replace(row, provider=f"{TORCH}, {variant}") for row in rows if (row.work, row.provider) == ("tokentm", TORCH)]
+    figure = plot.methods(rows)
+    (axes,) = figure.axes
+    ours = [bar for bar in axes.patches if bar.get_facecolor() == to_rgba(plot.colour(TORCH))]
+    assert len({bar.get_hatch() for bar in ours}) == len(ours) == 3
+    assert {TORCH, f"{TORCH}, compiled", f"{TORCH}, CUDA graph"} <= set(_texts(figure))
+
+
+def test_two_ways_of_one_operation_are_named_under_the_roof() -> None:
+    rows = [*made_rows.operations()]
+    again = [replace(row, provider=f"{TORCH}, two passes") for row in rows if row.work == "row_propagation"]
+    texts = _texts(plot.roofline([*rows, *again]))
+    assert "1  torch fused attention forward\n2  row_propagation\n3  row_propagation, two passes" in texts
+    assert f"{TORCH}, two passes" not in texts
 
 
 def test_pictures_of_the_documentation_are_of_devices_with_results() -> None:

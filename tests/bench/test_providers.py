@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.providers import hooks, models, peers
+import vitexplain
+from bench.providers import hooks, models, ours, peers
 from bench.providers.gate import Gate, worst
-from bench.registry import Check, Size, Unavailable
-from vitexplain.methods import Rollout
+from bench.registry import TORCH, Check, Size, Unavailable
+from vitexplain.methods import Rollout, own_methods
 from vitexplain.relevance import Update
-from vitexplain.testing import DenseReference
+from vitexplain.testing import DenseReference, relative_error
 
 from ..conftest import build_model, images_for
 
@@ -40,10 +41,71 @@ def test_a_method_on_stored_maps_is_the_reference(model: nn.Module, method: str,
         assert (received.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_the_reference_stands_in_for_other_methods(model: nn.Module) -> None:
+@pytest.mark.parametrize("target", [None, (3, 1)])
+def test_cdam_is_the_reference(model: nn.Module, target: tuple[int, ...] | None) -> None:
+    images = images_for(model, 2)
+    exact = DenseReference(model, images)
+    classes = exact.logits.argmax(-1) if target is None else torch.tensor(target)
+    received = hooks.explain(models.own_copy(model), images, "cdam", None if target is None else classes)
+    assert relative_error(received, exact.explain("cdam", classes)) < 1e-5
+
+
+@pytest.mark.parametrize("method", hooks.STANDS_IN)
+def test_the_reference_stands_in_for_what_records_every_layer(model: nn.Module, method: str) -> None:
     images = images_for(model, 2)
     reference = DenseReference(model, images, torch.float32)
-    assert torch.equal(hooks.explain(model, images, "legrad"), reference.explain("legrad", reference.logits.argmax(-1)))
+    assert torch.equal(hooks.explain(model, images, method), reference.explain(method, reference.logits.argmax(-1)))
+
+
+def test_every_own_method_has_a_rival_and_none_computes_more_than_it_must() -> None:
+    assert {*hooks.METHODS, *hooks.STANDS_IN, "cdam"} == set(own_methods())
+
+
+class _Seen:
+    """What a rival does with a model's blocks: calls of each, and maps that are written out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks, self.maps = 0, 0
+        self._handles = [block.register_forward_hook(self._block) for block in model.blocks]
+        self._handles += [block.attn.attn_drop.register_forward_hook(self._map) for block in model.blocks]
+
+    def _block(self, *_: object) -> None:
+        self.blocks += 1
+
+    def _map(self, *_: object) -> None:
+        self.maps += 1  # fused attention never calls it
+
+
+@pytest.mark.parametrize(("method", "maps"), [("cdam", 0), ("legrad", 3), ("iba", 3), ("tokentm", 3)])
+def test_a_rival_runs_every_block_once_and_stores_no_map_that_it_does_not_read(method: str, maps: int) -> None:
+    model = build_model().requires_grad_(False)
+    seen = _Seen(model)
+    hooks.explain(model, images_for(model, 2), method)
+    assert (seen.blocks, seen.maps) == (3, maps)
+
+
+def test_a_block_s_own_graph_ends_at_its_input(model: nn.Module) -> None:
+    with hooks.StoredMaps(model, by_block=True) as stored:
+        stored.run(images_for(model, 2))
+        assert not any(tokens.requires_grad for tokens in stored.tokens)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert sorted(stored.gradients) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["tokentm", "attcat", "legrad"])
+def test_frozen_parameters_get_no_gradients_and_change_no_value(model: nn.Module, method: str, monkeypatch) -> None:
+    images = images_for(model, 2)
+    expected = hooks.explain(model, images, method)
+    computed, function = [], hooks.METHODS[method]
+
+    def look(stored: hooks.StoredMaps) -> Tensor:
+        computed.extend(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+        return function(stored)
+
+    monkeypatch.setitem(hooks.METHODS, method, look)
+    assert torch.equal(hooks.explain(model, images, method, frozen=True), expected)
+    assert computed
+    assert not any(computed)
 
 
 def _state(model: nn.Module) -> list[object]:
@@ -52,10 +114,12 @@ def _state(model: nn.Module) -> list[object]:
     return [flags, found, [block.attn.fused_attn for block in model.blocks]]
 
 
-def test_the_model_is_left_as_it_was(model: nn.Module, monkeypatch) -> None:
+@pytest.mark.parametrize("method", ["attcat", "cdam", "legrad"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_model_is_left_as_it_was(model: nn.Module, method: str, frozen: bool, monkeypatch) -> None:
     model.blocks[1].attn.fused_attn = False
     before, images = _state(model), images_for(model, 2)
-    hooks.explain(model, images, "attcat")
+    hooks.explain(model, images, method, frozen=frozen)
     assert _state(model) == before
 
     def fail(_: Tensor) -> Tensor:
@@ -63,7 +127,7 @@ def test_the_model_is_left_as_it_was(model: nn.Module, monkeypatch) -> None:
 
     monkeypatch.setattr(model.blocks[2].mlp, "forward", fail)
     with pytest.raises(RuntimeError, match="half way"):
-        hooks.explain(model, images, "tokentm")
+        hooks.explain(model, images, method, frozen=frozen)
     assert _state(model) == before
 
 
@@ -93,10 +157,9 @@ def test_captum_computes_what_our_adapter_returns(model: nn.Module, method: str)
     pytest.importorskip("captum")
     images = images_for(model, 2)
     options = {"steps": 3} if method == "integrated_gradients" else {}
-    check = Gate(model, images).check(
-        method, lambda pixels, classes: peers.captum(model, pixels, method, classes, **options), **options
-    )
-    assert check.passed
+    classes = torch.tensor([3, 1])
+    values = peers.captum(model, images, method, classes, **options)
+    assert Gate(model, images).check(method, values, classes, **options).passed
 
 
 def test_grad_cam_of_tokens_is_finite_and_leaves_the_model_frozen() -> None:
@@ -121,31 +184,70 @@ def test_missing_packages_are_named(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_stops_a_wrong_method(monkeypatch, dtype: torch.dtype) -> None:
-    import vitexplain
-
     model = build_model().to(dtype)
     gate = Gate(model, images_for(model, 2).to(dtype))
 
-    def ours(method: str) -> Check:
-        def explain(images: Tensor, target: Tensor) -> Tensor:
-            result = vitexplain.explain(model, images, target=target, method=method)
-            return torch.cat([result.prefix_values, result.maps.flatten(1)], -1)
+    def own(method: str) -> Check:
+        return ours.check(gate, [vitexplain.explain(model, gate.images, method=method)])
 
-        return gate.check(method, explain)
-
-    assert ours("rollout").passed
-    assert ours("gmar").passed
+    assert own("rollout").passed
+    assert own("gmar").passed
     monkeypatch.setattr(Rollout, "update", lambda *_: Update(factor=0.75, residual=0.5))
-    assert ours("gmar").passed
-    assert not ours("rollout").passed
+    assert own("gmar").passed
+    assert not own("rollout").passed
 
 
 def test_the_gate_refuses_what_is_not_a_number(model: nn.Module) -> None:
     gate = Gate(model, images_for(model, 2))
-    nothing = gate.check("rollout", lambda images, _: torch.full((len(images), gate.exact_run.pooling.shape[1]), torch.nan))
+    classes = torch.tensor([3, 1])
+    nothing = gate.check("rollout", torch.full(gate.exact_run.pooling.shape, torch.nan), classes)
     assert not nothing.passed
     assert worst([Check(1e-9, 1e-5), nothing, Check(1e-7, 1e-5)]) is nothing
     assert worst([Check(1e-9, 1e-9), Check(1e-7, 1e-5)]) == Check(1e-9, 1e-9)
+
+
+class _Wrong:
+    """A reference whose values in half precision are off by a factor."""
+
+    def __init__(self, factor: float, dtype: torch.dtype) -> None:
+        self.factor = 1.0 if dtype == torch.float64 else factor
+
+    def explain(self, _method: str, classes: Tensor) -> Tensor:
+        return self.factor * torch.ones(len(classes), 5)
+
+
+@pytest.mark.parametrize(("factor", "limit"), [(1.0, 4 * 2**-7), (1.01, 0.02 + 4 * 2**-7), (2.0, 0.2), (torch.nan, 0.2)])
+def test_a_reference_that_is_far_off_in_half_precision_allows_no_more_than_a_fifth(factor: float, limit: float) -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
+    gate = Gate(nn.Identity(), images, lambda _model, _images, dtype: _Wrong(factor, dtype))
+    check = gate.check("gmar", torch.ones(2, 5), torch.tensor([0, 1]))
+    assert check.error == 0
+    assert check.limit == pytest.approx(limit)
+
+
+def test_the_gate_frees_its_runs_and_keeps_their_values(model: nn.Module, monkeypatch) -> None:
+    gate, classes = Gate(model, images_for(model, 2)), torch.tensor([3, 1])
+    values = gate.exact_run.explain("rollout", classes)
+    assert gate.check("rollout", values, classes).error == 0
+    gate.let_go()
+    assert not {"exact_run", "plain_run"} & set(vars(gate))
+    monkeypatch.setattr(DenseReference, "explain", None)
+    assert gate.check("rollout", values, classes).error == 0
+    gate.let_go()
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 1), ("cuda", 2)])
+def test_the_gate_holds_a_replay_where_there_are_graphs(model: nn.Module, device: str, calls: int) -> None:
+    found = [[vitexplain.explain(model, images_for(model, 2), method=("rollout", "gmar"))] for _ in range(calls)]
+    explanations = ours.called(iter(found).__next__, torch.device(device))
+    assert explanations == list(found[-1][0].values())
+
+
+def test_what_the_library_refuses_in_a_call_is_unavailable() -> None:
+    model = build_model()
+    explainer = ours.build(TORCH, model, "rollout", {})
+    with pytest.raises(Unavailable, match="expected dtype"):
+        ours.called(ours.timed(explainer, images_for(model, 2).double()), torch.device("cpu"))
 
 
 def test_flops_are_those_of_the_formula() -> None:
@@ -159,6 +261,7 @@ def test_flops_are_those_of_the_formula() -> None:
 def test_models_and_images_are_the_same_each_time() -> None:
     size, device = Size("vit_tiny_patch16_224", 2, 17, 64, "bfloat16"), torch.device("cpu")
     first, second = models.build(size, device), models.build(size, device)
+    assert len(models.build(size, device, depth=2).blocks) == 2
     assert torch.equal(first.head.weight, second.head.weight)
     assert not any(parameter.requires_grad for parameter in first.parameters())
     images = models.draw(size, device)

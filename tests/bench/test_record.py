@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench import record
+from bench.lines import lines_of
 from bench.record import blank, devices, read_rows, results_path, spread, unavailable, unmeasured, update
 
 from . import made_rows
@@ -100,3 +101,19 @@ def test_a_figure_stays_where_now_it_could_not_be_had_and_goes_where_now_it_is_b
     absent = replace(COMMON, provider="another", **unavailable("not installed"))
     update(path, [absent])
     assert read_rows(path) == [failed, absent]
+
+
+def test_what_is_not_installed_stands_in_no_row_and_a_gpu_is_named_with_its_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+    where = record.environment(torch.device("cuda"), "a-package-that-is-not-there", "pytest")
+    assert (where["device"], "a-package" in where["versions"]) == ("A GPU", False)
+    assert f"pytest {pytest.__version__}" in where["versions"]
+    assert where["versions"].endswith(f"CUDA {torch.version.cuda}")
+    assert "CUDA" not in record.environment(torch.device("cpu"))["versions"]
+
+
+def test_an_error_is_named_by_its_type_in_a_table() -> None:
+    shown = {"failed: ValueError: too many: (3)": "failed: ValueError", "out of memory (limit 20 GB)": "out of memory"}
+    for text, reason in shown.items():
+        (line,) = lines_of([replace(COMMON, **unmeasured(text))])
+        assert line.reason == reason
