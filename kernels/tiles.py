@@ -16,6 +16,10 @@ ACCELERATOR_TILE_ELEMENTS = 1 << 24
 MINIMUM_TILE_ROWS = 16
 
 
+# Of what tiles add to rows: at 16,385 tokens there are thousands of tiles, and the share of each is but some roundings of float32.
+SUMS = torch.float64
+
+
 def tile_shape(heads: int, num_queries: int, num_keys: int, device: torch.device, whole_heads: bool = False) -> tuple[int, int]:
     """How many heads and query rows one tile covers, for a bounded number of elements: many rows, or all heads of fewer."""
     elements = TILE_ELEMENTS if device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS

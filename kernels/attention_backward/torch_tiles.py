@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..phi import weighed
-from ..tiles import AttentionTiles
+from ..tiles import SUMS, AttentionTiles
 
 
 def attention_backward_tiles(
@@ -29,7 +29,7 @@ def attention_backward_tiles(
     grad_query, grad_key, grad_value = (
         torch.zeros(tensor.shape, dtype=dtype, device=tiles.device) for tensor in (query, key, value)
     )
-    moved = torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=dtype, device=tiles.device)
+    moved = torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=SUMS, device=tiles.device)
     sums = moved.new_zeros(tiles.batch, tiles.heads) if norms else moved.new_empty(0)
     for b, h, i, probabilities, gradient in tiles:
         grad_rows = grad_out[b, h, i].to(dtype)
@@ -41,4 +41,4 @@ def attention_backward_tiles(
         if norms:
             sums[b, h] += torch.linalg.vector_norm(gradient, 1, dim=2).sum(1)
         moved[b, h] += torch.matmul(rows[b, i].unsqueeze(0), weighed(probabilities, gradient, phi))[:, 0]
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), moved, sums
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), moved.to(dtype), sums.to(dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..phi import weighed
-from ..tiles import AttentionTiles
+from ..tiles import SUMS, AttentionTiles
 
 
 def row_propagation_tiles(
@@ -28,9 +28,7 @@ def row_propagation_tiles(
     tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale, whole_heads=rows.shape[1] > 1)
     rows = rows.to(tiles.dtype)
     weights = factor * tiles.weights(head_weights, token_weights)
-    out = torch.zeros(tiles.batch, rows.shape[1], tiles.num_keys, dtype=tiles.dtype, device=rows.device)
-    if residual:
-        out[..., : rows.shape[2]] = residual * rows
+    out = torch.zeros(tiles.batch, rows.shape[1], tiles.num_keys, dtype=SUMS, device=rows.device)
     for b, h, i, probabilities, gradient in tiles:
         tile = weighed(probabilities, gradient, phi)
         if rows.shape[1] == 1:  # one row: reduce over queries first, then over heads
@@ -39,7 +37,9 @@ def row_propagation_tiles(
         else:  # many rows: average the heads first, so that the long product is done once
             averaged = tile.mul_(weights[b, h, None]).sum(0)
             out[b] += rows[b, :, i] @ averaged
-    return out
+    if residual:
+        out[..., : rows.shape[2]] += residual * rows
+    return out.to(tiles.dtype)
 
 
 def row_propagation_by_head_tiles(
@@ -57,10 +57,10 @@ def row_propagation_by_head_tiles(
     """See ``row_propagation_by_head``: (B, H, n) and (B, H)."""
     tiles = AttentionTiles(query, key, value, grad_out, logsumexp, mask, scale)
     rows = rows.to(tiles.dtype)
-    out = torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=tiles.dtype, device=rows.device)
+    out = torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=SUMS, device=rows.device)
     sums = out.new_zeros(tiles.batch, tiles.heads) if norms else out.new_empty(0)
     for b, h, i, probabilities, gradient in tiles:
         if norms:
             sums[b, h] += torch.linalg.vector_norm(gradient, 1, dim=2).sum(1)
         out[b, h] += torch.matmul(rows[b, i].unsqueeze(0), weighed(probabilities, gradient, phi))[:, 0]
-    return out, sums
+    return out.to(tiles.dtype), sums.to(tiles.dtype)

@@ -435,3 +435,15 @@ def test_all_rows_of_every_chain(backend) -> None:
     dense = vitexplain.explain(model, images, method=methods, rows="all", backend="dense")
     for name in methods:
         assert relative_error(ours[name].contribution, dense[name].contribution) <= 1e-5, name
+
+
+def test_many_small_shares_reach_a_token_that_has_kept_its_weight() -> None:
+    """Each tile's share is about a rounding of what token 0 holds: added one by one, in float32, they would be lost."""
+    n, heads = 16384, 6
+    nothing = torch.zeros(1, heads, n, 8)
+    logsumexp = torch.full((1, heads, n), float(torch.tensor(n).log()))
+    rows = torch.full((1, 1, n), 0.5 / (n - 1))
+    rows[..., 0] = 0.5
+    moved = row_propagation(nothing, nothing, logsumexp, rows, phi="p", scale=1.0, factor=0.5, residual=0.5, backend="torch")
+    exact = 0.5 * rows.double() + 0.5 * rows.double().sum() / n
+    assert float(((moved.double() - exact) / exact).abs().max()) < 2e-6
