@@ -16,7 +16,7 @@ ACCELERATOR_TILE_ELEMENTS = 1 << 24
 MINIMUM_TILE_ROWS = 16
 
 
-# Of what tiles add to rows: at 16,385 tokens there are thousands of tiles, and the share of each is but some roundings of float32.
+# Of what tiles add to rows: of 16,385 tokens there are thousands of tiles, each with a share of some roundings of float32.
 SUMS = torch.float64
 
 
