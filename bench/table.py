@@ -153,7 +153,10 @@ def _by_work(lines: Sequence[Line], ours: str) -> list[Line]:
 
     The dense reference has a line of its own only there: elsewhere it stands beside ours.
     """
-    works = list(dict.fromkeys(line.work for line in lines))
+    known = [info.name for info in vitexplain.methods()]  # lines that failed come first in a file, and would here
+    works = sorted(
+        dict.fromkeys(line.work for line in lines), key=lambda work: known.index(work) if work in known else len(known)
+    )
     done = {line.work for line in lines if line.provider == ours}
 
     def place(line: Line) -> tuple[object, ...]:
