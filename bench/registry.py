@@ -16,12 +16,12 @@ from typing import ClassVar
 
 import torch
 
-from .record import NOT_MEASURED, Row, environment, spread, unmeasured
+from .record import Row, blank, environment, spread, unmeasured
 
 OPERATION, EXPLANATION, EVALUATION, DATA_SET = KINDS = ("operation", "explanation", "evaluation", "data set")
 
 # Providers, as they stand in the tables
-TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, COLREDUCE = PROVIDERS = (
+TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, COLREDUCE = (
     "vitexplain (torch)",
     "vitexplain (Triton)",
     "dense reference (hooks, stored maps)",
@@ -219,12 +219,7 @@ class Case(ABC):
     def blank_rows(self, size: Size, name: str) -> Iterator[Row]:
         """A line for each entry that says that it was not measured on the device of that name."""
         for entry in self.entries(size, "cuda"):
-            metric, unit = self.lead(entry)
-            yield Row(
-                kind=self.kind, case=self.name, work=entry.work, provider=entry.provider, model=size.model, batch=size.batch,
-                tokens=size.tokens, dtype=size.dtype, metric=metric, unit=unit, **unmeasured(), device=name, threads=0,
-                versions=NOT_MEASURED,
-            )  # fmt: skip
+            yield blank(self.row(entry, size, *self.lead(entry), unmeasured(), torch.device("cpu")), name)
 
 
 @dataclass

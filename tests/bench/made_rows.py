@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from bench import record
 from bench.record import Row, spread, unmeasured
 from bench.registry import DENSE, EXPLANATION, FORWARD, FORWARD_BACKWARD, GRAD_CAM, MODEL_ITSELF, OPERATION, TORCH, Size
 
@@ -86,4 +87,4 @@ def in_dtype(rows: Iterable[Row], dtype: str) -> list[Row]:
 
 def blank(rows: Iterable[Row]) -> list[Row]:
     """The same lines for a device that was not at hand."""
-    return [replace(one, **unmeasured(), device="nvidia-h200", threads=0, versions="not measured") for one in rows]
+    return [record.blank(one, "nvidia-h200") for one in rows]
