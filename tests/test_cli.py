@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import vitexplain
+from vitexplain import visualize
 from vitexplain.cli import app
 from vitexplain.methods import REGISTRY, own_methods
 
@@ -157,6 +158,54 @@ def test_weights_from_a_file(run, shared) -> None:
     assert json.loads(result.stdout)[0]["target"][0]["class"] == 281
 
 
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _record(result: Result) -> dict:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)[0]
+
+
+@pytest.mark.parametrize("asked", [[], ["cat"], ["9", "cat"]])
+def test_a_contrast_is_of_the_classes_asked_for_or_with_the_likeliest_rival(run, folder, asked: list[str]) -> None:
+    record = _record(run("explain", "a.png", "--contrast", "--json", *(part for name in asked for part in ("-t", name))))
+    assert record["output"] == ["a_contrast.png"]
+    likeliest = [entry["class"] for entry in record["top"]]
+    wanted = [{"cat": 3, "9": 9}[name] for name in asked] or likeliest[:1]
+    rival = next(index for index in likeliest if index != wanted[0])
+    assert [entry["class"] for entry in record["target"]] == (wanted if len(wanted) == 2 else [*wanted, rival])
+    with Image.open(folder / "a_contrast.png") as picture:
+        assert picture.width > 4 * 448
+
+
+def test_figures_of_several_methods_and_classes_have_a_file_each(run, folder) -> None:
+    (folder / "maps").mkdir()
+    record = _record(run("explain", "a.png", "--contrast", "-m", "gmar", "-m", "attcat", "--output", "out.jpg", "--json"))
+    assert record["output"] == ["out_gmar.jpg", "out_attcat.jpg"]
+    many = ("-t", "cat", "-t", "dog", "-m", "gmar", "-m", "iba", "--output", "maps")
+    record = _record(run("explain", "c.png", "--by-block", "--json", *many))
+    assert [Path(path).name for path in record["output"]] == [
+        f"c_by_block_{method}_{name}.png" for method in ("gmar", "iba") for name in ("cat", "dog")
+    ]
+    assert len(list((folder / "maps").iterdir())) == 4
+
+
+def test_all_methods_by_block_are_those_that_have_more_than_one(run, folder) -> None:
+    record = _record(run("explain", "a.png", "--by-block", "-m", "all", "--output", "out.npz", "--json"))
+    assert {"tokentm", "gmar", "iba", "attcat"} <= set(record["methods"]) < set(own_methods())
+    assert not {"raw_attention", "lrp"} & set(record["methods"])
+    with np.load(folder / "out_gmar.npz") as arrays:
+        assert arrays["by_block"].shape == (1, 6, 8, 8)
+
+
+def test_share_and_colours_of_the_maps_reach_the_picture(run, monkeypatch) -> None:
+    seen = []
+    save_panel = visualize.save_panel
+    monkeypatch.setattr(visualize, "save_panel", lambda *a, **k: (seen.append(k), save_panel(*a, **k))[1])
+    assert run("explain", "a.png", "--alpha", "0.25", "--colormap", "viridis").exit_code == 0
+    assert {"alpha": 0.25, "colormap": "viridis"}.items() <= seen[0].items()
+
+
 INPUT_ERRORS = {
     "missing": (["none.png"], "there is no file 'none.png'"),
     "directory": (["."], "received the directory"),
@@ -177,6 +226,12 @@ INPUT_ERRORS = {
     "output file of many": (["a.png", "b.jpg", "--output", "out.png"], "expected a folder for several photos"),
     "output in the way": (["a.png", "b.jpg", "--output", "bad.jpg/maps"], "cannot make the folder"),
     "output not writable": (["a.png", "--output", "taken"], "cannot write .*Is a directory"),
+    "colour map": (["a.png", "--colormap", "virids", "--model", "none"], "unknown colour map 'virids': did you mean viridis"),
+    "two figures": (["a.png", "--contrast", "--by-block"], "--contrast: expected one figure at a time"),
+    "three classes": (["a.png", "--contrast", "-t", "1", "-t", "2", "-t", "3"], "expected at most two classes .* received 3"),
+    "a class against itself": (["a.png", "--contrast", "-t", "cat", "-t", "3"], "expected two classes, received 'cat' twice"),
+    "last block by block": (["a.png", "--by-block", "-m", "all", "-m", "cdam"], "several blocks, received 'cdam'"),
+    "dense by block": (["a.png", "--by-block", "--backend", "dense"], "own kernels, received 'dense'"),
     "device": (["a.png", "--device", "tpu"], "device: expected one that is available here, received 'tpu'"),
     "dtype": (["a.png", "--dtype", "int8"], "expected one of float32, bfloat16, float16, received 'int8'"),
     "backend": (["a.png", "--backend", "numpy"], "backend: expected one of"),
@@ -201,7 +256,14 @@ def test_cuda_without_a_gpu_is_refused(run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["explain"], ["explain", "a.png", "--batch", "0"], ["explain", "a.png", "--top", "x"], ["explian"], ["list", "-x"]],
+    [
+        ["explain"],
+        ["explain", "a.png", "--batch", "0"],
+        ["explain", "a.png", "--alpha", "1.5"],
+        ["explain", "a.png", "--top", "x"],
+        ["explian"],
+        ["list", "-x"],
+    ],
 )
 def test_usage_errors_have_exit_code_2(run, arguments: list[str]) -> None:
     result = run(*arguments)

@@ -271,7 +271,7 @@ BAD_CALLS = {
     "option below its minimum": (lambda m, x: vitexplain.explain(m, x, method="gmar", alpha=-1.0), InputError, r"at least 0.0, received -1.0"),
     "start block beyond the model": (lambda m, x: vitexplain.explain(m, x, start_block=3), InputError, r"expected less than 3 \(blocks\), received 3"),
     "unknown backend": (lambda m, x: vitexplain.explain(m, x, backend="cuda"), InputError, r"expected one of auto, triton, torch, dense"),
-    "unknown rows": (lambda m, x: vitexplain.explain(m, x, rows="some"), InputError, r"expected None or 'all', received 'some'"),
+    "unknown rows": (lambda m, x: vitexplain.explain(m, x, rows="some"), InputError, r"expected None, 'all' or 'by_block', received 'some'"),
     "rows of a method without a chain": (lambda m, x: vitexplain.explain(m, x, method="iba", rows="all"), InputError, r"chain update maps, received 'iba'"),
     "not a module": (lambda _, x: vitexplain.explain("vit", x), UnsupportedModelError, r"expected a torch.nn.Module, received str"),
     "convolutional model": (lambda _, x: vitexplain.explain(timm.create_model("resnet18"), x), UnsupportedModelError, r"received ResNet: .*without attention"),

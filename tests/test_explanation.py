@@ -88,6 +88,38 @@ def test_bad_requests_are_refused(explanation, tmp_path, call, message: str) -> 
     assert issubclass(InputError, vitexplain.ExplanationError)
 
 
+def test_one_map_is_selected_by_image_and_class(explanation, model, images) -> None:
+    assert explanation.num_targets == 2
+    assert torch.equal(explanation.select(1, 0), explanation.maps[1, 0])
+    single = vitexplain.explain(model, images)
+    assert single.num_targets is None
+    assert torch.equal(single.select(1), single.maps[1])
+    assert not single.is_text
+
+
+def test_maps_of_several_classes_are_laid_over_a_photo_one_by_one(explanation) -> None:
+    photo = np.full((20, 40, 3), 128, np.uint8)
+    first, second = (np.asarray(explanation.overlay(photo, index=1, target_index=k, colormap="viridis")) for k in (0, 1))
+    assert first.shape == (20, 40, 3)
+    assert not np.array_equal(first, second)
+
+
+def test_a_picture_of_a_text_is_refused_with_what_draws_one(tmp_path) -> None:
+    text = vitexplain.Explanation("tokentm", {}, torch.ones(2, 5), None, torch.zeros(2, 3), torch.zeros(2, 0))
+    assert text.is_text
+    with pytest.raises(InputError, match=r"received one of texts.*vitexplain.visualize.tokens\(words, explanation\)"):
+        text.save(tmp_path / "x.png")
+    assert text.save(tmp_path / "x.npz").exists()
+
+
+def test_several_maps_can_share_a_scale() -> None:
+    heat = torch.tensor([[0.0, 5.0, 10.0]])
+    shared = colorize(heat, limits=(5.0, 20.0))
+    assert np.array_equal(shared[0, 0], shared[0, 1]), "what lies below has the colour of the lower end"
+    assert np.array_equal(shared[0, 2], colorize(torch.tensor([[0.0, 1.0, 3.0]]))[0, 1])
+    assert np.array_equal(colorize(heat, limits=(1.0, 1.0))[0, 0], colorize(heat)[0, 0])
+
+
 def test_maps_of_pixels_and_of_scores_are_written_and_shown_like_any_other(model, images, tmp_path) -> None:
     pixels = vitexplain.explain(model, images, method="lrp", score=vitexplain.margin(0, 1))
     assert pixels.maps.shape == (2, 32, 32)

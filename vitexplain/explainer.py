@@ -20,6 +20,7 @@ from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
 from .methods import CaptumMethod, Method, MethodChoice, build_methods
+from .methods.base import ChainMethod
 from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
     Trace,
@@ -34,6 +35,7 @@ from .tap import Request, Running, Tap, frozen
 from .targets import Target, resolve_target, targets_of
 
 BACKENDS = (*KERNEL_BACKENDS, "dense")
+ROWS = (None, "all", "by_block")
 REPLAYED_ON = "cuda"
 
 Score = Callable[[Tensor], Tensor]
@@ -50,7 +52,8 @@ class Explainer:
             A mapping of labels to them can hold one method several times with different options.
         backend: ``"auto"`` (Triton on CUDA, tiled torch elsewhere), ``"triton"``, ``"torch"``, or ``"dense"``, the float64
             reference that stores every map. An explicit choice is honoured or refused, never replaced.
-        rows: ``"all"`` also returns the whole n × n map of contributions of chain methods.
+        rows: ``"all"`` also returns the whole n × n map of contributions of chain methods; ``"by_block"`` the map as it stands
+            after each block of the walk from the last one down, of methods that read more than the last block.
         score: what is explained instead of a class logit: a differentiable function of the model's output (B, C) to (B,), or to
             (B, K) for K explanations an image that share the forward. See ``margin`` and ``similarity``. A string is the option
             of that name of the methods that have one.
@@ -89,8 +92,8 @@ class Explainer:
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, received {backend!r}")
-        if rows not in (None, "all"):
-            raise InputError(f"rows: expected None or 'all', received {rows!r}")
+        if rows not in ROWS:
+            raise InputError(f"rows: expected None, 'all' or 'by_block', received {rows!r}")
         if score is not None and not callable(score):
             options["score"] = score
         self.score: Score | None = score if callable(score) else None
@@ -149,8 +152,13 @@ class Explainer:
             )
         for method in self.methods:
             method.check(self.anatomy)
-            if self.rows == "all" and not method.is_chain:
+            if self.rows == "all" and not isinstance(method, ChainMethod):
                 raise InputError(f"rows='all': expected methods that chain update maps, received {method.name!r}")
+            if self.rows == "by_block" and not method.grows(len(self.anatomy.blocks)):
+                raise InputError(
+                    f"rows='by_block': expected methods whose map of patches or tokens grows over several blocks, received "
+                    f"{method.name!r}"
+                )
             if self.score is not None and method.needs_class:
                 raise InputError(f"score: {method.name!r} with these options explains a class's probability, received a function")
 
@@ -228,6 +236,8 @@ class Explainer:
             if self.backend == "dense" or foreign:
                 received = f"methods by captum ({', '.join(foreign)})" if foreign else "backend 'dense'"
                 raise InputError(f"{name}: expected this library's own methods and kernels, received {received}")
+        if self.rows == "by_block" and self.backend == "dense":
+            raise InputError("rows='by_block': expected a backend of this library's own kernels, received 'dense'")
         if self.compile_mode and all(method.rules is not None and not method.uses_gradient for method in self.methods):
             named = ", ".join(method.name for method in self.methods)
             raise InputError(f"compile: expected a method without rules of its own for a relevance pass, received {named}")
@@ -236,7 +246,7 @@ class Explainer:
 
     # -- replayed ----------------------------------------------------------------------------------------------------
 
-    def _replayed(self, images: Tensor, target: Any) -> dict[str, Explanation]:
+    def _replayed(self, graphs: GraphCache, images: Tensor, target: Any) -> dict[str, Explanation]:
         """``_matrix_free`` from a graph."""
         if images.device.type != REPLAYED_ON:
             raise InputError(f"cuda_graph: expected a model on a GPU, received one on {images.device}")
@@ -258,13 +268,13 @@ class Explainer:
         try:
             with torch.inference_mode(False):
                 key = (images.shape, images.dtype, form, autocast, precision, places)
-                tensors = self._graphs(key, call, (images, classes), images.device)
+                tensors = graphs(key, call, (images, classes), images.device)
         except CannotBeCapturedError as error:
             raise UnsupportedModelError(f"cuda_graph: {type(self.anatomy.model).__name__} cannot be captured: {error}") from error
-        explanations = {
-            label: Explanation(method.name, asdict(method), **{name: tensors.get(f"{label}/{name}") for name in TENSORS})
-            for label, method in self.labels.items()
-        }
+        explanations = {}
+        for label, method in self.labels.items():
+            found = {name: tensors[f"{label}/{name}"] for name in TENSORS if f"{label}/{name}" in tensors}
+            explanations[label] = Explanation(method.name, asdict(method), target=found.pop("target", None), **found)
         _expect_finite_logits(next(iter(explanations.values())).logits)
         return explanations
 
@@ -273,7 +283,7 @@ class Explainer:
     def _explain(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         if self.backend == "dense":
             return self._dense(inputs, target)
-        return self._matrix_free(inputs, target) if self._graphs is None else self._replayed(inputs, target)
+        return self._matrix_free(inputs, target) if self._graphs is None else self._replayed(self._graphs, inputs, target)
 
     def _matrix_free(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         with torch.inference_mode(False):
@@ -309,39 +319,37 @@ class Explainer:
         return {label: self._explanation(method, run) for label, method in self.labels.items()}
 
     def _explanation(self, method: Method, run: _Run) -> Explanation:
-        """Split values (B, K, R, n) into prefix tokens and the patch grid; pixels (B, K, 1, h, w) are a map already."""
+        """Split values (B, K, R, n) into prefix tokens and the patch grid; pixels (B, K, 1, h, w) are a map already.
+
+        One row of the R is the map, unless there is one for each token or, of what the walk found, for each block.
+        """
+        assert run.output is not None, "every method has run the model"
         values = torch.stack(run.values[method], 1).float()
         if len(run.targets) > values.shape[1]:  # the same for every target
             values = values.expand(-1, len(run.targets), *values.shape[2:])
-        contribution = None
+        found: dict[str, Tensor] = {}
         if method.resolution == "pixels":
-            maps, prefix_values = values.squeeze(2), values.new_empty(*values.shape[:2], 0)
+            found["maps"], found["prefix_values"] = values.squeeze(2), values.new_empty(*values.shape[:2], 0)
         else:
-            row = values.squeeze(2)
+            row = values[:, :, 0]
             if self.rows == "all":
-                contribution, row = values, (run.pooling.float().unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
-            prefix = self.anatomy.num_prefix_tokens
-            maps, prefix_values = row[..., prefix:], row[..., :prefix]
-            maps = maps if run.grid is None else maps.unflatten(-1, run.grid)
+                assert run.pooling is not None, "read before the first walk"
+                found["contribution"], row = values, (run.pooling.float().unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
+            found["maps"], found["prefix_values"] = run.patches(row), row[..., : self.anatomy.num_prefix_tokens]
+            if self.rows == "by_block":
+                found["by_block"] = run.patches(values)
         if not run.has_target_axis:
-            maps, prefix_values = maps[:, 0], prefix_values[:, 0]
-            contribution = None if contribution is None else contribution[:, 0]
-        return Explanation(
-            method=method.name,
-            options=asdict(method),
-            maps=maps.contiguous(),
-            target=run.classes,
-            logits=run.output.detach(),
-            prefix_values=prefix_values.contiguous(),
-            contribution=contribution,
-        )
+            found = {name: tensor[:, 0] for name, tensor in found.items()}
+        found = {name: tensor.contiguous() for name, tensor in found.items()}
+        return Explanation(method.name, asdict(method), target=run.classes, logits=run.output.detach(), **found)
 
 
 class _Run:
     """One call of ``attribute``: its inputs, what is explained of them, and the values found so far.
 
     Attributes:
-        values: by method, one (B, R, n) or (B, 1, h, w) a target, or a single one where it is the same for all.
+        values: by method, one (B, R, n) or (B, 1, h, w) a target, or a single one where it is the same for all; R is 1, or the
+            number of tokens or of blocks where a row for each was asked for.
         output: the model's.
         classes, targets, has_target_axis: see ``targets_of``.
         pooling: the head's pooling weights (B, 1, n).
@@ -351,6 +359,7 @@ class _Run:
     def __init__(self, explainer: Explainer, inputs: Any, target: Any) -> None:
         self.explainer, self.inputs, self.target = explainer, inputs, target
         self.anatomy, self.methods, self.rows = explainer.anatomy, explainer.methods, explainer.rows
+        self.by_block = self.rows == "by_block"
         self.values: dict[Method, list[Tensor]] = {}
         self.output: Tensor | None = None
         self.classes: Tensor | None = None
@@ -358,8 +367,8 @@ class _Run:
         self.has_target_axis = False
         self.pooling: Tensor | None = None
         self.grad_out: list[dict[int, Tensor]] = []
-        if self.anatomy.is_text:
-            self.grid = None
+        self.grid: tuple[int, int] | None = None
+        if self.anatomy.grid is None:
             self.batch, num_patches = inputs["input_ids"].shape
         else:
             self.grid = self.anatomy.grid(*inputs.shape[-2:])
@@ -369,6 +378,11 @@ class _Run:
     def add(self, method: Method, values: Tensor) -> None:
         """Values of the next target."""
         self.values.setdefault(method, []).append(values)
+
+    def patches(self, values: Tensor) -> Tensor:
+        """Values (…, n) of all tokens without those before the patches: (…, gh, gw), or (…, n) for text."""
+        patches = values[..., self.anatomy.num_prefix_tokens :]
+        return patches if self.grid is None else patches.unflatten(-1, self.grid)
 
     def set_output(self, output: Any) -> Tensor:
         """Take a forward's output; the first one decides what is explained."""
@@ -392,10 +406,11 @@ class _Run:
         with Tap(self.anatomy, request, self.explainer.backend, running) as tap:
             output = self.set_output(tap.forward(self.inputs))
             trace = self._trace(tap)
-            if self.rows is None:
-                self._walk(plain, tap, trace, output, record=bool(recorded))
+            if self.rows == "all":
+                chains = [method for method in plain if isinstance(method, ChainMethod)]  # others are refused
+                self._walk_all_rows(chains, tap, trace, output)
             else:
-                self._walk_all_rows(plain, tap, trace, output)
+                self._walk(plain, tap, trace, output, record=bool(recorded))
 
     def _request(self, plain: list[Method], recorded: list[Method]) -> Request:
         num_blocks = len(self.anatomy.blocks)
@@ -405,7 +420,7 @@ class _Run:
             input_gradient=any(method.uses_input_gradient for method in plain),
             attention_input_gradient=any(method.uses_attention_input_gradient for method in plain),
             keep_reads=any(method.uses_reads for method in plain),
-            head_rows=self.rows is None and all(method.reads_head_rows for method in plain + recorded),
+            head_rows=self.rows != "all" and all(method.reads_head_rows for method in plain + recorded),
             branches=any(method.uses_branches for method in plain),
             observers=tuple(method for method in plain if method.observes),
         )
@@ -420,7 +435,7 @@ class _Run:
         return Trace(self.anatomy, tap.blocks, pooling, support)
 
     def _walk(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, record: bool) -> None:
-        """Values (B, 1, n) of every method, sharing one backward for each target and explained score.
+        """Values (B, 1, n), or (B, L, n) by block, of every method, sharing one backward for each target and explained score.
 
         ``record``: the gradients of the logits are kept for methods that read them beside relevance.
         """
@@ -430,18 +445,21 @@ class _Run:
                 by_score.setdefault(method.explained_score, []).append(method)
                 continue
             for target in self.targets if method.uses_target else self.targets[:1]:
-                self.add(method, walk_without_gradient(trace, method, target))
+                self.add(method, walk_without_gradient(trace, method, target, by_block=self.by_block))
         passes = [(score, target) for score in by_score for target in self.targets]
         for number, (score, target) in enumerate(passes):
             scalars = _scalars(output, target, score)
-            last, recorded = number == len(passes) - 1, {} if record and score == "logit" else None
-            values = walk_with_gradient(tap, trace, by_score[score], scalars, target, last=last, recorded=recorded)
+            last = number == len(passes) - 1
+            recorded: dict[int, Tensor] | None = {} if record and score == "logit" else None
+            values = walk_with_gradient(
+                tap, trace, by_score[score], scalars, target, last=last, recorded=recorded, by_block=self.by_block
+            )
             if recorded is not None:
                 self.grad_out.append(recorded)
             for method, value in zip(by_score[score], values, strict=True):
                 self.add(method, value)
 
-    def _walk_all_rows(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor) -> None:
+    def _walk_all_rows(self, methods: list[ChainMethod], tap: Tap, trace: Trace, output: Tensor) -> None:
         """The whole product (B, n, n) of every method, from the first block up."""
         for method in methods:
             if not method.uses_gradient:
@@ -479,12 +497,13 @@ class _Run:
                 checkpoint=self.explainer.checkpoint,
             ) as tap:
                 output = self.set_output(tap.forward(self.inputs))
+                assert self.output is not None, "set a line before"
                 self.output = self.output.to(next(self.anatomy.model.parameters()).dtype)
                 trace = self._trace(tap)
                 for number, target in enumerate(self.targets):
                     last = number == len(self.targets) - 1
                     grad_out = self.grad_out[number] if self.grad_out else {}
-                    values = walk_with_relevance(tap, trace, methods, output, target, grad_out, last=last)
+                    values = walk_with_relevance(tap, trace, methods, output, target, grad_out, last=last, by_block=self.by_block)
                     for method, value in zip(methods, values, strict=True):
                         self.add(method, value)
 

@@ -19,11 +19,11 @@ SCALES = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "ag
 
 def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Bilinear up-sampling (align_corners False) of (…, gh, gw) to (…, height, width); an int is both."""
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise InputError(f"size: expected a positive int or (height, width), received {size}")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(f"size: expected a positive int or (height, width), received {sides}")
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+    return F.interpolate(flat, size=sides, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *sides)
 
 
 def min_max(maps: Tensor) -> Tensor:
@@ -37,16 +37,27 @@ def max_magnitude(maps: Tensor) -> Tensor:
     return maps / maps.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
-def colorize(heat: Tensor, *, signed: bool = False, colormap: str | None = None) -> np.ndarray:
+def check_colormap(name: str | None) -> None:
+    """Refuse a name that is no matplotlib colour map's: ``UnknownNameError``, with near ones."""
+    if name is not None and name not in matplotlib.colormaps:
+        raise unknown_name("colour map", name, matplotlib.colormaps)
+
+
+def colorize(
+    heat: Tensor, *, signed: bool = False, colormap: str | None = None, limits: tuple[float, float] | None = None
+) -> np.ndarray:
     """Colours of one map (h, w) as (h, w, 3) uint8.
 
     Unsigned maps are min-max scaled and shown on a perceptually uniform scale; signed ones are scaled by their largest
-    magnitude and shown on a diverging scale whose middle is zero.
+    magnitude and shown on a diverging scale whose middle is zero. ``limits`` are values for the two ends of the scale instead,
+    so that several maps can share one; what lies outside has the colour of the nearer end.
     """
     name = colormap or (SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP)
-    if name not in matplotlib.colormaps:
-        raise unknown_name("colour map", name, matplotlib.colormaps)
-    if signed:
+    check_colormap(name)
+    if limits is not None:
+        low, high = limits
+        unit = ((heat - low) / max(high - low, torch.finfo(heat.dtype).tiny)).clamp(0, 1)
+    elif signed:
         unit = 0.5 + 0.5 * max_magnitude(heat)
     else:
         unit = min_max(heat)
@@ -54,14 +65,26 @@ def colorize(heat: Tensor, *, signed: bool = False, colormap: str | None = None)
 
 
 def blend(
-    photo: Image.Image, heat: Tensor, *, alpha: float = 0.55, signed: bool = False, colormap: str | None = None
+    photo: Image.Image,
+    heat: Tensor,
+    *,
+    alpha: float = 0.55,
+    signed: bool = False,
+    colormap: str | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The photo with a map (gh, gw) laid over it, at the photo's size; ``alpha`` is the map's share."""
+    """The photo with a map (gh, gw) laid over it, at the photo's size; ``alpha`` is the map's share, the rest as ``colorize``."""
+    check_alpha(alpha)
+    photo = photo.convert("RGB")
+    enlarged = upsample(heat.float(), (photo.height, photo.width))
+    colors = colorize(enlarged, signed=signed, colormap=colormap, limits=limits)
+    return Image.blend(photo, Image.fromarray(colors), alpha)
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse a share that is none."""
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha: expected 0 to 1, received {alpha}")
-    photo = photo.convert("RGB")
-    colors = colorize(upsample(heat.float(), (photo.height, photo.width)), signed=signed, colormap=colormap)
-    return Image.blend(photo, Image.fromarray(colors), alpha)
 
 
 def as_photo(image: object) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -150,14 +150,21 @@ def follow(rows: Rows, block: BlockTrace, update: Update, grad_out: Tensor | Non
     """r U: the running rows one block further down."""
     if update.token_factors is not None:
         rows = rows.scaled(update.token_factors)
-    switches = dict(phi=update.phi, factor=update.factor, residual=update.residual, token_weights=update.token_weights)
     if update.norm == "l1" and rows.values.shape[1] == 1:
-        moved, norms = _rows_and_norms(rows, block, update.phi, grad_out)
+        moved, norms = _rows_and_norms(rows, block, update.phi, _needed(grad_out))
         average = _head_average(moved, _shares(norms), update.token_weights)
         return rows.dense(update.residual * rows.values + update.factor * average)
-    head_weights = _norm_weights(block, update, grad_out, rows.support)
-    gradient = None if update.phi == "p" else grad_out
-    return rows.dense(propagate(rows, block, grad_out=gradient, head_weights=head_weights, **switches))
+    values = propagate(
+        rows,
+        block,
+        phi=update.phi,
+        factor=update.factor,
+        residual=update.residual,
+        grad_out=None if update.phi == "p" else grad_out,
+        head_weights=_norm_weights(block, update, grad_out, rows.support),
+        token_weights=update.token_weights,
+    )
+    return rows.dense(values)
 
 
 def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: Tensor | None) -> Tensor:
@@ -185,7 +192,12 @@ def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: T
 def _norm_weights(block: BlockTrace, update: Update, grad_out: Tensor | None, support: int) -> Tensor | None:
     if update.norm is None:
         return None
-    return _shares(head_norms(block.value, grad_out[:, :, :support], norm=update.norm, backend=block.backend))
+    return _shares(head_norms(block.value, _needed(grad_out)[:, :, :support], norm=update.norm, backend=block.backend))
+
+
+def _needed(grad_out: Tensor | None) -> Tensor:
+    assert grad_out is not None, "methods that weigh by its norm use the gradient"
+    return grad_out
 
 
 def _shares(norms: Tensor) -> Tensor:
@@ -254,7 +266,7 @@ def _row_beside_backward(rows: Rows, block: BlockTrace, grad_out: Tensor, phi: s
 class WalkingMethod(Protocol):
     """What the pass asks of a method; see ``methods.base.Method``."""
 
-    name: str
+    name: ClassVar[str]
 
     def start(self, trace: Trace, target: Target) -> Any: ...
     def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any: ...
@@ -264,23 +276,61 @@ class WalkingMethod(Protocol):
     def first_block(self, num_blocks: int) -> int: ...
 
 
+M = TypeVar("M", bound=WalkingMethod)
+
+
 class ChainMethod(WalkingMethod, Protocol):
     """A method whose map is a row of a product of update maps."""
 
     def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update: ...
 
 
-class _BackwardWalk:
+class _Walk(Generic[M]):
+    """States of methods on their way from the last block to the first.
+
+    ``by_block``: what each method's map would be is kept as the walk leaves a block.
+    """
+
+    def __init__(self, trace: Trace, methods: Sequence[M], target: Target, *, by_block: bool = False) -> None:
+        self.trace, self.methods, self.by_block = trace, methods, by_block
+        self.states = [method.start(trace, target) for method in methods]
+        self.first = [method.first_block(trace.num_blocks) for method in methods]
+        self._left: list[list[Tensor]] = []  # last block first
+
+    def reach(self, block: BlockTrace) -> None:
+        """Called before anything else happens in a block: only now is the one above it done, its input's gradient included."""
+        if self.by_block and not block.is_last:
+            self._left.append(self._finished())
+
+    def values(self) -> list[Tensor]:
+        """(B, R, n) values for each method; by block (B, L, n), entry l those of the blocks l to L − 1."""
+        if not self.by_block:
+            return self._finished()
+        left = [*self._left, self._finished()]
+        below = [left[-1]] * (self.trace.num_blocks - len(left))  # blocks that no method looks at
+        return [torch.cat(values, 1) for values in zip(*reversed([*left, *below]), strict=True)]
+
+    def _finished(self) -> list[Tensor]:
+        return [method.finish(state, self.trace) for method, state in zip(self.methods, self.states, strict=True)]
+
+
+class _BackwardWalk(_Walk[WalkingMethod]):
     """Listens to one backward and steps every method."""
 
     def __init__(
-        self, trace: Trace, methods: Sequence[WalkingMethod], target: Target, recorded: dict[int, Tensor] | None
+        self,
+        trace: Trace,
+        methods: Sequence[WalkingMethod],
+        target: Target,
+        recorded: dict[int, Tensor] | None,
+        *,
+        by_block: bool,
     ) -> None:
-        self.trace, self.methods, self.recorded = trace, methods, recorded
-        self.states = [method.start(trace, target) for method in methods]
-        self.first = [method.first_block(trace.num_blocks) for method in methods]
+        super().__init__(trace, methods, target, by_block=by_block)
+        self.recorded = recorded
 
     def attention_gradient(self, block: BlockTrace, grad_out: Tensor) -> None:
+        self.reach(block)
         if self.recorded is not None:
             self.recorded[block.index] = grad_out
         for i, method in enumerate(self.methods):
@@ -306,6 +356,7 @@ def walk_with_gradient(
     *,
     last: bool,
     recorded: dict[int, Tensor] | None = None,
+    by_block: bool = False,
 ) -> list[Tensor]:
     """One backward of ``scalars`` (B,), one per image; returns (B, R, n) values for each method.
 
@@ -313,22 +364,24 @@ def walk_with_gradient(
         last: no further backward over this forward will follow, so that its graph can go.
         recorded: takes the gradient (B, H, n, dv) of every tapped block's attention output, by the block's index: linear in the
             number of tokens.
+        by_block: (B, L, n) values instead, entry l as they stand when block l has been walked.
     """
-    listener = _BackwardWalk(trace, methods, target, recorded)
+    listener = _BackwardWalk(trace, methods, target, recorded, by_block=by_block)
     tap.listener = listener
     try:
         torch.autograd.grad(scalars.sum(), tap.leaves, retain_graph=not last)
     finally:
         tap.listener = None
-    return [method.finish(state, trace) for method, state in zip(methods, listener.states, strict=True)]
+    return listener.values()
 
 
-def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Target) -> Tensor:
+def walk_without_gradient(trace: Trace, method: WalkingMethod, target: Target, *, by_block: bool = False) -> Tensor:
     """The same walk for a method that needs no backward over the model."""
-    state = method.start(trace, target)
-    for block in reversed(trace.blocks[method.first_block(trace.num_blocks) :]):
-        state = method.step(state, trace, block, None)
-    return method.finish(state, trace)
+    walk = _Walk(trace, [method], target, by_block=by_block)
+    for block in reversed(trace.blocks[walk.first[0] :]):
+        walk.reach(block)
+        walk.states[0] = method.step(walk.states[0], trace, block, None)
+    return walk.values()[0]
 
 
 def relevant_rows(rows: Rows, attention: AttentionRelevance, grad_out: Tensor | None) -> Tensor:
@@ -378,21 +431,29 @@ def _gradient_of_score(outputs: Tensor, target: Target) -> Tensor:
 class RelevanceMethod(WalkingMethod, Protocol):
     """A method that reads relevance on its way back through a model."""
 
-    to_inputs: bool
+    to_inputs: ClassVar[bool]
 
     def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any: ...
     def finish_at_inputs(self, inputs: Tensor, relevance: Tensor) -> Tensor: ...
 
 
-class _RelevanceWalk:
+class _RelevanceWalk(_Walk[RelevanceMethod]):
     """Listens to one relevance pass and steps every method."""
 
-    def __init__(self, trace: Trace, methods: Sequence[RelevanceMethod], target: Target, grad_out: dict[int, Tensor]) -> None:
-        self.trace, self.methods, self.grad_out = trace, methods, grad_out
-        self.states = [method.start(trace, target) for method in methods]
-        self.first = [method.first_block(trace.num_blocks) for method in methods]
+    def __init__(
+        self,
+        trace: Trace,
+        methods: Sequence[RelevanceMethod],
+        target: Target,
+        grad_out: dict[int, Tensor],
+        *,
+        by_block: bool,
+    ) -> None:
+        super().__init__(trace, methods, target, by_block=by_block)
+        self.grad_out = grad_out
 
     def attention_relevance(self, attention: AttentionRelevance) -> None:
+        self.reach(attention.block)
         index = attention.block.index
         for i, method in enumerate(self.methods):
             if index >= self.first[i]:
@@ -408,12 +469,14 @@ def walk_with_relevance(
     grad_out: dict[int, Tensor],
     *,
     last: bool,
+    by_block: bool = False,
 ) -> list[Tensor]:
     """One relevance pass from the model's outputs (B, C); the values of each method.
 
-    ``grad_out``: gradients of attention outputs by block index, for the methods that need them.
+    ``grad_out``: gradients of attention outputs by block index, for the methods that need them; ``by_block``: see
+    ``walk_with_gradient``.
     """
-    listener = _RelevanceWalk(trace, methods, target, grad_out)
+    listener = _RelevanceWalk(trace, methods, target, grad_out, by_block=by_block)
     tap.relevance_listener = listener
     try:
         start = _gradient_of_score(outputs, target) if tap.conservative else shares_of_score(outputs, target)
@@ -421,8 +484,8 @@ def walk_with_relevance(
     finally:
         tap.relevance_listener = None
     return [
-        method.finish_at_inputs(tap.leaves[-1].detach(), relevance) if method.to_inputs else method.finish(state, trace)
-        for method, state in zip(methods, listener.states, strict=True)
+        method.finish_at_inputs(tap.leaves[-1].detach(), relevance) if method.to_inputs else values
+        for method, values in zip(methods, listener.values(), strict=True)
     ]
 
 

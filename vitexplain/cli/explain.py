@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from .app import (
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from ..explanation import Explanation
     from ..loading import LoadedModel
@@ -57,6 +59,29 @@ def explain(
         Path | None,
         typer.Option(help="Picture or .npz for one photo, folder for many. Default: NAME_explained.png in the current folder."),
     ] = None,
+    contrast: Annotated[
+        bool,
+        typer.Option(
+            "--contrast",
+            help="Draw what speaks for one class rather than another: of two --target, or of the one, else the predicted one, "
+            "and its likeliest rival. NAME_contrast.png; several methods get a file each, NAME_contrast_METHOD.png.",
+        ),
+    ] = False,
+    by_block: Annotated[
+        bool,
+        typer.Option(
+            "--by-block",
+            help="Draw how the map grows, from the last block down. NAME_by_block.png; several methods, or classes, get a file "
+            "each. 'all' stands for the methods that read more than the last block.",
+        ),
+    ] = False,
+    alpha: Annotated[float, typer.Option(help="The map's share of a picture, the rest is the photo.", min=0, max=1)] = 0.55,
+    colormap: Annotated[
+        str | None,
+        typer.Option(
+            help="matplotlib's colour map for the maps, such as viridis. Default: inferno, or RdBu_r where they are signed."
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
     ] = False,
@@ -68,10 +93,19 @@ def explain(
 ) -> None:
     """Explain photos: the top classes on screen, the heat maps in a file.
 
+    With --contrast or --by-block the file is that figure instead; as .npz, the arrays behind it.
+
     A photo that cannot be read is reported and does not stop the others. Exit code 0: all explained; 1: an error, in one line.
     """
     settings = {"method": method, "option": option, "target": target, "backend": backend}
-    guarded(lambda: _explain(images, model, weights, output, as_json, batch, top, device, dtype, **settings))
+    figure = _Figure("contrast" if contrast else "by_block" if by_block else "explained", alpha, colormap)
+
+    def run() -> None:
+        if contrast and by_block:
+            raise Failure("--contrast: expected one figure at a time, received --by-block as well")
+        _explain(images, model, weights, output, as_json, batch, top, device, dtype, figure, **settings)
+
+    guarded(run)
 
 
 @app.command("list")
@@ -116,6 +150,33 @@ def demo(output: Annotated[Path, typer.Option(help="The picture to write.")] = P
 # -- explaining ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """What is drawn of each photo.
+
+    Attributes:
+        kind: ``"explained"``, ``"contrast"`` or ``"by_block"``; files are named after it.
+        alpha: the map's share.
+        colormap: of the maps; by their sign where None.
+    """
+
+    kind: str = "explained"
+    alpha: float = 0.55
+    colormap: str | None = None
+
+    @property
+    def style(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "colormap": self.colormap}
+
+    def check(self, targets: list[str]) -> None:
+        """Before a model is loaded."""
+        from ..heatmap import check_colormap
+
+        check_colormap(self.colormap)
+        if self.kind == "contrast" and len(targets) > 2:
+            raise Failure(f"--contrast: expected at most two classes (--target), received {len(targets)}")
+
+
 def _explain(
     paths: list[Path],
     model_name: str,
@@ -126,6 +187,7 @@ def _explain(
     top: int,
     device: str,
     dtype: str,
+    figure: _Figure,
     **settings: Any,
 ) -> None:
     prepare_hub(model_name, weights)
@@ -135,9 +197,11 @@ def _explain(
 
     many = len(paths) > 1
     _check_output(output, many)
-    session = _Session(load_model(model_name, weights, device, dtype=element_type), **settings)
-    destinations = _destinations(paths, output)
-    records, failed = [], 0
+    figure.check(settings["target"] or [])
+    session = _Session(load_model(model_name, weights, device, dtype=element_type), figure=figure, **settings)
+    destinations = _destinations(paths, output, figure.kind)
+    records: list[dict[str, Any]] = []
+    failed = 0
     with progress("explaining", len(paths), enabled=many and not as_json) as advance:
         for start in range(0, len(paths), batch):
             group = list(zip(paths, destinations, strict=True))[start : start + batch]
@@ -195,13 +259,18 @@ class _Session:
         option: list[str] | None = None,
         target: list[str] | None = None,
         backend: str = "auto",
+        figure: _Figure | None = None,
     ) -> None:
         from ..explainer import Explainer
 
-        names = method_names(method)
-        self.loaded = loaded
+        self.loaded, self.figure = loaded, figure or _Figure()
+        by_block = self.figure.kind == "by_block"
+        names = _growing(method_names(method), method or []) if by_block else method_names(method)
         self.targets = [loaded.class_index(text) for text in target or []]
-        self.explainer = Explainer(loaded.model, names, backend, **_parse_options(option or [], names))
+        if self.figure.kind == "contrast" and len(self.targets) != len(set(self.targets)):
+            raise Failure(f"--contrast: expected two classes, received {self._short_name(self.targets[0])!r} twice")
+        options = _parse_options(option or [], names)
+        self.explainer = Explainer(loaded.model, names, backend, rows="by_block" if by_block else None, **options)
 
     def attribute(self, photos: list[Image.Image]) -> dict[str, Explanation]:
         """Explain photos of any size and shape."""
@@ -209,7 +278,22 @@ class _Session:
 
         parameter = next(self.loaded.model.parameters())
         images = torch.stack([self.loaded.transform(photo) for photo in photos]).to(parameter)
-        return self.explainer.attribute(images, [self.targets] * len(photos) if self.targets else None)
+        explanations = self.explainer.attribute(images, self._asked(images))
+        assert isinstance(explanations, dict)  # several methods were named, if only one
+        return explanations
+
+    def _asked(self, images: Tensor) -> Any:
+        """The classes to explain of each image."""
+        if self.figure.kind != "contrast" or len(self.targets) == 2:
+            return [self.targets] * len(images) if self.targets else None
+        if not self.targets:
+            return "top2"
+        import torch
+
+        with torch.no_grad():
+            logits = self.loaded.model(images)
+        logits[:, self.targets[0]] = -torch.inf
+        return [[self.targets[0], rival] for rival in logits.argmax(-1).tolist()]
 
     def record(
         self, explanations: dict[str, Explanation], index: int, name: str, photo: Image.Image, destination: Path, top: int
@@ -218,6 +302,7 @@ class _Session:
         first = next(iter(explanations.values()))
         probabilities = first.logits[index].float().softmax(-1)
         values, classes = probabilities.topk(min(top, len(probabilities)))
+        assert first.target is not None  # classes are what is explained here
         target = first.target[index].reshape(-1).tolist()
         return {
             "image": name,
@@ -235,23 +320,62 @@ class _Session:
         self, explanations: dict[str, Explanation], index: int, photo: Image.Image, destination: Path, target: list[int]
     ) -> list[Path]:
         if destination.suffix.lower() == ARRAYS:
-            single = len(explanations) == 1
-            return [
-                e.save(destination if single else destination.with_stem(f"{destination.stem}_{name}"))
-                for name, e in explanations.items()
-            ]
+            files = _files(destination, list(explanations))
+            return [e.save(path) for path, e in zip(files, explanations.values(), strict=True)]
+        shown = self.loaded.display(photo)
+        names = [self._short_name(c) for c in target]
+        if self.figure.kind == "contrast":
+            return self._write_contrasts(explanations, index, shown, destination, names)
+        if self.figure.kind == "by_block":
+            return self._write_evolutions(explanations, index, shown, destination, names)
         from ..visualize import save_panel
 
         maps = {}
         for name, explanation in explanations.items():
             grids = explanation.maps[index].reshape(len(target), *explanation.maps.shape[-2:])
-            for c, grid in zip(target, grids, strict=True):
-                maps[name if len(target) == 1 else f"{name}: {self._short_name(c)}"] = grid.cpu()
-        title = "Where the model looked for " + ", ".join(repr(self._short_name(c)) for c in target)
-        return [save_panel(destination, self.loaded.display(photo), maps, title=title)]
+            for class_name, grid in zip(names, grids, strict=True):
+                maps[name if len(target) == 1 else f"{name}: {class_name}"] = grid.cpu()
+        title = "Where the model looked for " + ", ".join(map(repr, names))
+        return [save_panel(destination, shown, maps, title=title, **self.figure.style)]
+
+    def _write_contrasts(
+        self, explanations: dict[str, Explanation], index: int, shown: Image.Image, destination: Path, names: list[str]
+    ) -> list[Path]:
+        from ..visualize import contrast, save_figure
+
+        files = _files(destination, list(explanations))
+        return [
+            save_figure(path, contrast(shown, explanation, index=index, names=names, **self.figure.style))
+            for path, explanation in zip(files, explanations.values(), strict=True)
+        ]
+
+    def _write_evolutions(
+        self, explanations: dict[str, Explanation], index: int, shown: Image.Image, destination: Path, names: list[str]
+    ) -> list[Path]:
+        from ..visualize import evolution, save_figure
+
+        paths = []
+        for path, explanation in zip(_files(destination, list(explanations)), explanations.values(), strict=True):
+            for k, file in enumerate(_files(path, [re.sub(r"\W+", "-", name) for name in names])):
+                figure = evolution(shown, explanation, index=index, target_index=k, name=names[k], **self.figure.style)
+                paths.append(save_figure(file, figure))
+        return paths
 
     def _short_name(self, index: int) -> str:
         return self.loaded.class_name(index).partition(",")[0]
+
+
+def _files(destination: Path, parts: list[str]) -> list[Path]:
+    """A file for each part, named after it where there are several."""
+    return [destination if len(parts) == 1 else destination.with_stem(f"{destination.stem}_{part}") for part in parts]
+
+
+def _growing(names: list[str], asked: list[str]) -> list[str]:
+    """Without those that 'all' stands for and that have no map for each block; what is named is left to be refused."""
+    from ..methods import build_methods
+
+    methods = build_methods(names, {})
+    return [name for name in names if name in asked or "all" not in asked or methods[name].grows(num_blocks=2)]
 
 
 def _parse_options(pairs: list[str], methods: list[str]) -> dict[str, Any]:
@@ -282,15 +406,17 @@ def _check_output(output: Path | None, many: bool) -> None:
         raise Failure(f"output: expected a file in an existing folder, received {str(output)!r}")
 
 
-def _destinations(paths: list[Path], output: Path | None) -> list[Path]:
+def _destinations(paths: list[Path], output: Path | None, kind: str = "explained") -> list[Path]:
     """Where each photo's maps go; photos of one name get a number."""
     if len(paths) == 1 and output is not None and not output.is_dir():
         return [output]
-    folder, taken, destinations = output or Path(), set(), []
+    folder = output or Path()
+    taken: set[str] = set()
+    destinations: list[Path] = []
     for path in paths:
-        name, number = f"{path.stem}_explained.png", 2
+        name, number = f"{path.stem}_{kind}.png", 2
         while name in taken:
-            name, number = f"{path.stem}_{number}_explained.png", number + 1
+            name, number = f"{path.stem}_{number}_{kind}.png", number + 1
         taken.add(name)
         destinations.append(folder / name)
     return destinations

@@ -99,6 +99,11 @@ class Method(HasOptions):
         """The earliest block whose attention is looked at."""
         return getattr(self, "start_block", 0)
 
+    def grows(self, num_blocks: int) -> bool:
+        """Whether the map is built up block by block, so that there is one after each: not from the last block or input alone."""
+        alone = self.first_block(num_blocks) == num_blocks - 1 and num_blocks > 1
+        return self.resolution == "tokens" and not self.to_inputs and not alone
+
     def observe(self, block: BlockTrace) -> Any:  # noqa: ARG002
         """Computed while a block runs, without gradient; found again in ``block.observed[self]``."""
         return None

@@ -22,6 +22,8 @@ def local_gradient(trace: Trace, block: BlockTrace, target: Target) -> tuple[Ten
         The head's output (B, classes), and the gradient (B, H, m, dv) of the target's scalar with respect to the m rows of the
         attention's output that the head reads.
     """
+    assert block.read_out is not None, "kept for methods that use reads"
+    assert block.read_tokens is not None, "kept for methods that use reads"
     with torch.enable_grad():
         out = block.read_out.detach().requires_grad_()
         logits = trace.anatomy.head(replay(block.anatomy, block.read_tokens, out))
@@ -104,7 +106,9 @@ class IBA(Method):
             return torch.stack(state.probabilities[::-1], 1)
         if self.relevance == "uniform":
             return torch.ones_like(logits)
+        tokens = trace.blocks[trace.num_blocks - len(state.logits)].read_tokens  # what enters the first block walked so far
+        assert tokens is not None, "kept for methods that use reads"
         with torch.no_grad():
-            initial = trace.anatomy.head(trace.blocks[0].read_tokens)
+            initial = trace.anatomy.head(tokens)
         before = torch.cat([state.target.value(initial.to(logits.dtype)).unsqueeze(1), logits[:, :-1]], 1)
         return (logits - before).relu()
