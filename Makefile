@@ -1,5 +1,7 @@
 # make demo   sets everything up and explains a real photo
 # make test   sets everything up and runs the tests (no GPU needed; GPU tests run where there is one)
+# make lint   style and types
+# make docs   the documentation, into build/site; make serve: the page in a browser where a photo is dropped
 # make bench  everything that is measured on a CPU, then the plots and the README's tables
 # make regressions   a few small cases, timed and compared with the last time
 # make gpu    on a machine with CUDA and torch: all of the following, one after the other; make -k goes on past one that fails
@@ -23,7 +25,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MINIMUM := 3.11
 
-.PHONY: demo test browser test-main test-interpreter lint gpu gpu-tests gpu-tune gpu-goals gpu-ablation gpu-operations \
+.PHONY: demo test browser test-main test-interpreter lint docs serve gpu gpu-tests gpu-tune gpu-goals gpu-ablation gpu-operations \
 	gpu-explanations gpu-rest gpu-bench tune aot faithfulness bench regressions readme clean
 
 demo: $(INSTALLED)
@@ -48,6 +50,18 @@ test-interpreter: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/vitexplain
+	@ln -s "$(CURDIR)"/vitexplain/* "$(CURDIR)/kernels" $(TYPED)/vitexplain && ln -s "$(CURDIR)/tests/typing_check.py" $(TYPED)
+	cd $(TYPED) && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -n 2 -p vitexplain -m typing_check
+
+# Links to the sources as they are installed: elsewhere mypy does not find vitexplain.kernels.
+TYPED := build/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+serve: $(INSTALLED)
+	$(BIN)/vitexplain serve
 
 # The GPU machine may have no network: its own torch, triton, timm and scikit-build-core are used.
 GPU_BIN := .venv-gpu/bin
@@ -133,4 +147,4 @@ $(INSTALLED): pyproject.toml CMakeLists.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gpu build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu build dist .pytest_cache .ruff_cache .mypy_cache

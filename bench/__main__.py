@@ -7,7 +7,7 @@
     python -m bench merge out/nvidia-h200/benchmark.csv           # its rows into bench/results/nvidia-h200/benchmark.csv
     python -m bench run --not-measured nvidia-h200  # the lines of a device that is not at hand, each marked so
     python -m bench plot                          # time and memory over tokens, rooflines -> docs/benchmark/
-    python -m bench table                         # the README's tables, from the results
+    python -m bench table                         # the tables of README and docs, from the results
 
 Whatever is timed is first held against a dense float64 reference; outside the error budget it is not timed. What fails is named
 where its figures would be, and the rest goes on; a size that fails as a whole is named in the end, and the exit status is 1.
@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser("list", help="cases, works, providers and sizes")
     plot = commands.add_parser("plot", help="draw what was measured")
     plot.add_argument("--device", help="folder of bench/results; default: all")
-    table = commands.add_parser("table", help="write the README's generated parts")
-    table.add_argument("--check", action="store_true", help="exit 1 where the README is not what would be written")
+    table = commands.add_parser("table", help="write the generated parts of README and docs")
+    table.add_argument("--check", action="store_true", help="exit 1 where one is not what would be written")
     options = parser.parse_args(arguments)
     {"run": _run, "merge": _merge, "list": _list, "plot": _plot, "table": _table}[options.command](options)
 
@@ -189,13 +189,12 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
-    from .table import README, rendered
+    from .documents import outdated, write_documents
 
-    current = README.read_text()
-    wanted = rendered(current)
-    if options.check:
-        sys.exit(f"{README.name} is out of date: run python -m bench table" if wanted != current else 0)
-    README.write_text(wanted)
+    if not options.check:
+        write_documents()
+    elif found := outdated():
+        sys.exit(f"{', '.join(found)}: out of date: run python -m bench table")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""The README's generated parts, from the registry and the committed results, so that no figure is typed by hand.
-
-python -m bench table            # rewrite the parts between the markers
-python -m bench table --check    # exit 1 where the README is not what would be written
-"""
+"""The generated parts of README and docs, from the registry and the committed results, so that no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +26,6 @@ from .registry import BASELINES, DENSE, FORWARD, FORWARD_BACKWARD, MODEL_ITSELF
 from .scale import run_table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 PICTURES = "docs/benchmark"  # a folder a device
 FURTHER = ("cifar10", "probability", "saco", "iba_chosen_on_even", "iba_reported_on_odd")
 MEDIAN = "median [20th, 80th percentile]"
@@ -68,7 +63,7 @@ def coverage_table() -> str:
         f"✓ agrees with a dense float64 reference on a small random-weight model ({counts[AGREES]} pairs); (✓) explained, "
         f"without a reference ({counts[RUNS]}); – refused ({counts[REFUSED]}): {'; '.join(reasons)}. `python -m bench.coverage`",
         "",
-        _timm_sentence(),
+        timm_sentence(),
     ]
     return "\n".join(lines)
 
@@ -77,7 +72,8 @@ def _without_names(pair: Pair) -> str:
     return re.sub(r"block \d+", "a block", pair.reason.replace(repr(pair.method), "…"))
 
 
-def _timm_sentence() -> str:
+def timm_sentence() -> str:
+    """How many of timm's names are explained."""
     models = read_coverage(TIMM_MODELS, TimmModel)
     counts = Counter(model.outcome for model in models)
     partly = sum(model.outcome == "explained" and bool(model.reason) for model in models)
@@ -138,7 +134,7 @@ def _folded(name: str, text: str) -> str:
 def _methods_of(device: str, lines: list[Line], rows: list[Row]) -> str:
     first, ours = lines[0], ours_on(device)
     text = [
-        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}.",
+        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {machine(rows)}; {MEDIAN}.",
         "",
         f"| method | ms | ÷ {FORWARD_BACKWARD} | dense reference, ms | × faster | MiB | dense, MiB | images/s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -183,7 +179,7 @@ def _method_cells(line: Line, lines: list[Line], ours: str) -> list[str]:
     dense = line_of(lines, line.work, DENSE) if own else None
     return [
         _time(line),
-        _number(ratio_to_forward_backward(line, lines)),
+        number_of(ratio_to_forward_backward(line, lines)),
         "–" if dense is None else _figure(dense, "time"),
         _faster(
             line, [other for other in lines if other.work == line.work and not other.provider.startswith(ours)] if own else []
@@ -196,7 +192,7 @@ def _method_cells(line: Line, lines: list[Line], ours: str) -> list[str]:
 
 def _faster(line: Line, rivals: list[Line]) -> str:
     """How much longer the dense reference takes; other rivals are named."""
-    times = {rival.provider: _number(rival.value("time") / line.value("time")) for rival in rivals}
+    times = {rival.provider: number_of(rival.value("time") / line.value("time")) for rival in rivals}
     cell = times.pop(DENSE, "–")
     named = [f"{name.removeprefix(f'{DENSE}, ')} {ratio}" for name, ratio in times.items() if ratio != "–"]
     return f"{cell} ({', '.join(named)})" if named else cell
@@ -212,16 +208,17 @@ def _resolution_of(device: str, rows: list[Row]) -> str:
     lines, tables = lines_of(rows), {}
     for model, dtype in dict.fromkeys((line.model, line.dtype) for line in lines if line.measured):
         mine = [line for line in lines if (line.model, line.dtype) == (model, dtype)]
-        tables[f"{model}, {dtype}"] = _tokens_table(mine, ours_on(device), rows)
+        tables[f"{model}, {dtype}"] = tokens_table(mine, ours_on(device), rows)
     (_, first), *others = tables.items()
     return "\n\n".join([first, *(_folded(*other) for other in others)])
 
 
-def _tokens_table(lines: list[Line], ours: str, rows: list[Row]) -> str:
+def tokens_table(lines: list[Line], ours: str, rows: list[Row]) -> str:
+    """`tokentm` at each number of tokens: ours, checkpointed, the model itself, and whoever stores maps."""
     first = lines[0]
     columns = (("tokentm", ours), ("tokentm", f"{ours}, checkpointed"), (FORWARD_BACKWARD, None), ("tokentm", DENSE))
     text = [
-        f"**`tokentm`, {first.model}, batch {first.batch}, {first.dtype}**; {_machine(rows)}.",
+        f"**`tokentm`, {first.model}, batch {first.batch}, {first.dtype}**; {machine(rows)}.",
         "",
         f"| tokens | vitexplain | checkpointed | {FORWARD_BACKWARD} | dense reference | its maps alone, counted |",
         "|--:|--:|--:|--:|--:|--:|",
@@ -230,7 +227,7 @@ def _tokens_table(lines: list[Line], ours: str, rows: list[Row]) -> str:
         at = [line for line in lines if line.tokens == tokens]
         found = [line_of(at, *column) for column in columns]
         maps = math.nan if found[-1] is None else found[-1].value("stored maps, counted")
-        text.append(_row(f"{tokens:,}", *(_time_and_memory(line) for line in found), _number(maps, " GB")))
+        text.append(_row(f"{tokens:,}", *(_time_and_memory(line) for line in found), number_of(maps, " GB")))
     batches = [line for line in lines if line.work == LARGEST_BATCH and not math.isnan(line.value("batch"))]
     largest = "; ".join(f"{line.tokens:,} tokens, {line.provider}: {line.value('batch'):.0f}" for line in batches)
     return "\n".join([*text, "", _growth(lines), *([f"Largest batch, of powers of two: {largest}."] if largest else [])])
@@ -244,7 +241,7 @@ def _time_and_memory(line: Line | None) -> str:
     memory = line.figures.get("peak memory")
     if memory is None:
         return _duration(line.value("time"))
-    return f"{_duration(line.value('time'))}, {_number(memory.value, ' MiB') if memory.measured else _reason(memory)}"
+    return f"{_duration(line.value('time'))}, {number_of(memory.value, ' MiB') if memory.measured else _reason(memory)}"
 
 
 def _growth(lines: list[Line]) -> str:
@@ -277,7 +274,7 @@ def _operations_of(device: str, rows: list[Row]) -> str:
     shown, ours = [line for line in operations if line.size == size], ours_on(device)
     first = shown[0]
     text = [
-        f"**Batch {first.batch}, {first.model}, {first.tokens:,} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}. "
+        f"**Batch {first.batch}, {first.model}, {first.tokens:,} tokens, {first.dtype}**; {machine(rows)}; {MEDIAN}. "
         f"Peaks: {_peaks(lines, first.dtype)}.",
         "",
         "| operation | ms | fraction of its peak | ÷ fused attention's rate | dense formula, ms |",
@@ -321,7 +318,7 @@ def _cold_start_of(device: str, rows: list[Row]) -> str:  # noqa: ARG001
     lines = lines_of(rows)
     first = lines[0]
     text = [
-        f"**{first.model}, batch {first.batch}, {first.dtype}**; {_machine(rows)}; {MEDIAN} of processes of their own.",
+        f"**{first.model}, batch {first.batch}, {first.dtype}**; {machine(rows)}; {MEDIAN} of processes of their own.",
         "",
         "| step | ms |",
         "|---|--:|",
@@ -352,14 +349,14 @@ def _settings(lines: list[Line], rows: list[Row]) -> str:
     shown = {metric: f"÷ {metric.removeprefix('ratio to ')}" for metric in ratios}
     shown |= {"peak memory": "MiB"} if "peak memory" in metrics else {}
     text = [
-        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {_machine(rows)}; {MEDIAN}.",
+        f"**{first.model}, batch {first.batch}, {first.tokens} tokens, {first.dtype}**; {machine(rows)}; {MEDIAN}.",
         "",
         _row("setting", "ms", *shown.values()),
         "|---|--:|" + "--:|" * len(shown),
     ]
     for line in sorted(lines, key=lambda line: line.work not in BASELINES):
         name = f"*{line.work}*" if line.work in BASELINES else line.work
-        text.append(_row(name, _time(line), *(_number(line.value(metric)) for metric in shown)))
+        text.append(_row(name, _time(line), *(number_of(line.value(metric)) for metric in shown)))
     return "\n".join(text)
 
 
@@ -473,8 +470,8 @@ def goals_table() -> str:
         text.append(_row(goal.text, goal.wanted, _answer(goal, H200, found[H200]), on_cpu))
     if shown:
         others = "; ".join(f"{what}{line.model}, batch {line.batch}, {line.dtype}" for what, line in shown.items())
-        machine = _machine([row for line in shown.values() for row in line.figures.values()])
-        text += ["", f"\\* For comparison, another model: {others}; {machine}."]
+        where = machine([row for line in shown.values() for row in line.figures.values()])
+        text += ["", f"\\* For comparison, another model: {others}; {where}."]
     return "\n".join(text)
 
 
@@ -496,7 +493,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _machine(rows: list[Row]) -> str:
+def machine(rows: list[Row]) -> str:
     """Where and with what it was measured."""
     row = next(row for row in rows if row.measured)
     return f"{row.device}{f', {row.threads} threads' if row.threads else ''}; {row.versions}"
@@ -507,7 +504,7 @@ def _quoted(work: str) -> str:
     return work if " " in work else f"`{work}`"
 
 
-def _number(value: float, unit: str = "") -> str:
+def number_of(value: float, unit: str = "") -> str:
     """Three digits; a dash where there is no figure."""
     if math.isnan(value):
         return "–"
@@ -524,7 +521,7 @@ def _figure(line: Line, metric: str) -> str:
     row = line.figures.get(metric)
     if row is None:
         return "–" if metric != "time" else _time(line)
-    return _number(row.value) if row.measured else _reason(row)
+    return number_of(row.value) if row.measured else _reason(row)
 
 
 def _reason(row: Row) -> str:
@@ -541,16 +538,16 @@ def _spread(row: Row) -> str:
     """The median and where the middle of the samples lies."""
     if not row.measured:
         return _reason(row)
-    around = f" [{_number(float(row.p20))}, {_number(float(row.p80))}]" if row.repeats > 1 else ""
-    return f"{_number(row.value)}{around}"
+    around = f" [{number_of(float(row.p20))}, {number_of(float(row.p80))}]" if row.repeats > 1 else ""
+    return f"{number_of(row.value)}{around}"
 
 
 def _with_unit(row: Row) -> str:
-    return _number(row.value, f" {row.unit}") if row.measured else _reason(row)
+    return number_of(row.value, f" {row.unit}") if row.measured else _reason(row)
 
 
 def _duration(milliseconds: float) -> str:
-    return _number(milliseconds / 1e3, " s") if milliseconds >= 1e3 else _number(milliseconds, " ms")
+    return number_of(milliseconds / 1e3, " s") if milliseconds >= 1e3 else number_of(milliseconds, " ms")
 
 
 # -- faithfulness --------------------------------------------------------------------------------------------------------
@@ -565,19 +562,20 @@ def faithfulness_tables() -> str:
             _case("ablation", "positive", "negative", "AOPC", "LOdds"),
             _chosen_reconstruction(),
             _precision(),
-            f"In the same form: {', '.join(f'[{name}](bench/results/faithfulness/{name}/results.md)' for name in FURTHER)}. "
+            f"In the same form in `bench/results/faithfulness`: {', '.join(f'`{name}/results.md`' for name in FURTHER)}. "
             "All of it: `python -m bench.faithfulness`",
         ]
     )
 
 
-def _results(case: str) -> Results:
+def results_of(case: str) -> Results:
+    """The committed results of a case of ``bench.faithfulness``."""
     return Results.read(FAITHFULNESS / case / "results.json")
 
 
 def _case(case: str, *metrics: str) -> str:
     """A case's table, with the columns of these metrics alone."""
-    results = _results(case)
+    results = results_of(case)
     shown = replace(results, columns=tuple(column for column in results.columns if column.metric in metrics))
     (protocol,) = dict.fromkeys(column.protocol for column in shown.columns)
     settings = results.settings
@@ -596,7 +594,7 @@ def _chosen_reconstruction() -> str:
     """Which of IBA's reconstructions is ahead on the half it is chosen on, and the same figures on the other half."""
     parts = []
     for case, half in (("iba_chosen_on_even", "the even-numbered 250 photos"), ("iba_reported_on_odd", "the odd-numbered 250")):
-        results = _results(case)
+        results = results_of(case)
         column = next(column for column in results.columns if column.metric == "AOPC")
         figures = ", ".join(
             f"{label.partition('=')[2]} {number(figure.mean, '.3f')} {interval(figure, '.3f')}"
@@ -609,7 +607,7 @@ def _chosen_reconstruction() -> str:
 
 def _precision() -> str:
     """How far bfloat16 forwards move the figures."""
-    exact, narrow = _results("precision_float32"), _results("precision_bfloat16")
+    exact, narrow = results_of("precision_float32"), results_of("precision_bfloat16")
     largest = {
         column.metric: max(abs(exact.figure(label, column).mean - narrow.figure(label, column).mean) for label in exact.methods)
         for column in exact.columns
@@ -632,31 +630,7 @@ def dataset_table() -> str:
     for line in lines_of(row for row in streams if row.measured):
         pace = line.figures["images per second"]
         text.append(
-            f"{line.model}, {line.dtype}, batch {line.batch}, {pace.device}: {_number(pace.value)} images/s decoded and "
+            f"{line.model}, {line.dtype}, batch {line.batch}, {pace.device}: {number_of(pace.value)} images/s decoded and "
             f"explained, {line.value('ratio to bare'):.0%} of a bare `attribute` loop."
         )
     return "\n".join([*run_table(), "", *(text or [f"On a GPU: {NOT_MEASURED}."]), "", "`python -m bench run data_sets`"])
-
-
-PARTS: dict[str, Callable[[], str]] = {
-    "methods": method_table,
-    "coverage": coverage_table,
-    "faithfulness": faithfulness_tables,
-    "goals": goals_table,
-    "explanations": explanations_tables,
-    "resolution": resolution_tables,
-    "ablation": ablation_tables,
-    "cold_start": cold_start_tables,
-    "operations": operations_tables,
-    "dataset": dataset_table,
-}
-
-
-def rendered(text: str) -> str:
-    """The README with every marked part replaced."""
-    for name, part in PARTS.items():
-        pattern = rf"(<!-- {name}: generated by python -m bench table -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda match, part=part: f"{match[1]}{part()}\n{match[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"{README.name}: expected one marked part {name!r}, found {count}")
-    return text

@@ -67,11 +67,11 @@ def register_operator(
     name = signature.partition("(")[0]
 
     def implementation(*arguments: Any) -> Any:
-        *arguments, backend = arguments
-        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+        *given, backend = arguments
+        device = next(value.device for value in given if isinstance(value, torch.Tensor))
         if choose_backend(backend, device) == "triton":
-            return getattr(importlib.import_module(triton_module), launcher)(*arguments)
-        return torch_implementation(*arguments)
+            return getattr(importlib.import_module(triton_module), launcher)(*given)
+        return torch_implementation(*given)
 
     _LIBRARY.define(signature)
     for key in ("CPU", "CUDA"):

@@ -65,7 +65,7 @@ class TableRow:
 
 def read_table(path: Path = TABLE) -> list[TableRow]:
     """All rows."""
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return [TableRow(**row) for row in csv.DictReader(stream)]
 
 
@@ -75,7 +75,7 @@ def write_table(rows: Iterable[TableRow], path: Path = TABLE) -> None:
     def order(row: TableRow) -> tuple[object, ...]:
         return row.kernel, row.architecture, row.precision, int(row.head_dim), _bound(row.tokens)
 
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(field.name for field in fields(TableRow))
         writer.writerows(astuple(row) for row in sorted(rows, key=order))

@@ -18,10 +18,12 @@ def expect_phi(phi: str) -> None:
 def weighed(probabilities: Tensor | None, gradient: Tensor | None, phi: str) -> Tensor:
     """φ(P, G) of a tile; may overwrite either."""
     if phi == "p":
+        assert probabilities is not None, "phi 'p' reads the map"
         return probabilities
-    if phi == "p_g":
-        return probabilities.mul_(gradient)
+    assert gradient is not None, f"phi {phi!r} reads the gradient"
     if phi == "abs_g":
         return gradient.abs_()
-    positive = gradient.relu_()
-    return positive if phi == "relu_g" else probabilities.mul_(positive)
+    if phi == "relu_g":
+        return gradient.relu_()
+    assert probabilities is not None, f"phi {phi!r} reads the map"
+    return probabilities.mul_(gradient if phi == "p_g" else gradient.relu_())

@@ -57,6 +57,8 @@ class AttentionTiles:
         self.query, self.key, self.value, self.grad_out = query, key, value, grad_out
         self.logsumexp, self.mask, self.scale = logsumexp, mask, scale
         queries, keys = (query, key) if query is not None else (grad_out, value)
+        assert queries is not None, "query and key, or value and grad_out"
+        assert keys is not None, "query and key, or value and grad_out"
         self.batch, self.heads, self.num_queries, _ = queries.shape
         self.num_keys, self.device = keys.shape[2], keys.device
         self.dtype = accumulation_dtype(keys.dtype)
@@ -71,18 +73,30 @@ class AttentionTiles:
         for b in range(self.batch):
             for first_head in range(0, self.heads, head_step):
                 h = slice(first_head, min(first_head + head_step, self.heads))
-                keys_t = _with_ones(self.key[b, h].to(self.dtype)).transpose(1, 2) if self.query is not None else None
-                values_t = self.value[b, h].to(self.dtype).transpose(1, 2) if self.value is not None else None
+                keys_t = values_t = None
+                if self.query is not None and self.key is not None:
+                    keys_t = _with_ones(self.key[b, h].to(self.dtype)).transpose(1, 2)
+                if self.value is not None:
+                    values_t = self.value[b, h].to(self.dtype).transpose(1, 2)
                 for first_row in range(0, self.num_queries, row_step):
                     i = slice(first_row, min(first_row + row_step, self.num_queries))
                     probabilities = None if keys_t is None else self._probabilities(b, h, i, keys_t, scores_buffer)
                     gradient = None
-                    if values_t is not None:
+                    if values_t is not None and self.grad_out is not None:
                         gradient = product(self.grad_out[b, h, i].to(self.dtype), values_t, grads_buffer)
                     yield b, h, i, probabilities, gradient
 
+    def both(self) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
+        """The tiles of an operation that reads both P and G."""
+        for b, h, i, probabilities, gradient in self:
+            assert probabilities is not None, "query and key, and value and grad_out"
+            assert gradient is not None, "query and key, and value and grad_out"
+            yield b, h, i, probabilities, gradient
+
     def _probabilities(self, b: int, h: slice, i: slice, keys_t: Tensor, buffer: Tensor) -> Tensor:
         """P of one tile, (heads, rows, n): the product subtracts the logsumexp on its way."""
+        assert self.query is not None, "what has a key has a query and a logsumexp"
+        assert self.logsumexp is not None, "what has a key has a query and a logsumexp"
         query, logsumexp = self.query[b, h, i].to(self.dtype), self.logsumexp[b, h, i].to(self.dtype)
         if self.mask is not None:  # where every key is masked the logsumexp is minus infinity, and P is 0
             logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, 0)

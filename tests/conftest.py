@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,9 @@ import vitexplain
 from vitexplain import Explanation
 from vitexplain.testing import relative_error as relative_error
 
+from .browser import launched
+
 torch.set_num_threads(1)  # tests run in parallel processes
-# From the repository's root, transformers would take the folder ``kernels`` for the package of that name on the hub.
-sys.modules.setdefault("kernels", None)
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -105,3 +104,10 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """A headless Chromium, shared by the tests of a module."""
+    with launched() as found:
+        yield found

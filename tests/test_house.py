@@ -1,68 +1,67 @@
-"""Which part may import which: imports run downward only."""
+"""Which part may import which: the contracts of pyproject.toml, checked by import-linter."""
 
 from __future__ import annotations
 
-import ast
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From the top to the bottom of the house; a module may import from lines below its own, and from its own.
-LEVELS = [
-    {"cli", "__main__"},
-    {"dataset", "evaluate", "sources", "visualize", "loading"},
-    {"explainer", "explanation"},
-    {"methods"},
-    {"relevance"},
-    {"relevance_tap"},
-    {"rules"},
-    {"tap", "targets", "heatmap"},
-    {"models", "fused_attention"},
-    {"kernels"},
-    {"compiled", "checkpoint", "cuda_graphs", "capture"},
-    {"errors", "messages", "files", "options", "environment", "processes"},
-]
-FREE = {"testing", "__init__", "assets"}  # the reference stands beside the house; the package's front door sees all
-LEVEL = {name: depth for depth, names in enumerate(LEVELS) for name in names}
+
+def _laid_out(folder: Path) -> Path:
+    """The sources as they are installed, ``kernels`` inside ``vitexplain``."""
+    for source, place in (("vitexplain", "vitexplain"), ("kernels", "vitexplain/kernels")):
+        shutil.copytree(ROOT / source, folder / place, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    return folder
 
 
-def _modules() -> list[Path]:
-    return sorted((ROOT / "vitexplain").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
+def _checked(folder: Path) -> subprocess.CompletedProcess[str]:
+    """import-linter on the package in a folder; ``-S``, as the finder of an editable install would show the checkout's."""
+    paths = dict.fromkeys([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    arguments = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", "--no-logo"]
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
-def _location(path: Path) -> tuple[str, ...]:
-    """Dotted location inside the installed package."""
-    relative = path.relative_to(ROOT)
-    parts = relative.parts[1:] if relative.parts[0] == "vitexplain" else relative.parts
-    return (*parts[:-1], parts[-1].removesuffix(".py"))
+def test_imports_follow_the_contracts(tmp_path: Path) -> None:
+    checked = _checked(_laid_out(tmp_path))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert " 0 broken" in checked.stdout
 
 
-def _imported_parts(path: Path) -> set[str]:
-    """First part, below the package, of everything a module imports from this package."""
-    location = _location(path)
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            package = location[: len(location) - node.level]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {(*package, *name.split("."))[0] for name in names}
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found |= {name.split(".")[1] for name in names if name and name.startswith("vitexplain.")}
-    return found
+FORBIDDEN = {  # module: what it must not import, and the contract that says so
+    "vitexplain.methods.gmar": ("vitexplain.explainer", "Imports run downward only"),
+    "vitexplain.kernels.tiles": ("vitexplain.errors", "Imports run downward only"),
+    "vitexplain.testing.dense": ("vitexplain.tap", "Imports run downward only"),
+    "vitexplain.evaluate.batch": ("vitexplain.testing.errors", "Only the explainer asks the reference"),
+    "vitexplain.relevance": ("triton", "Only the kernels know Triton"),
+    "vitexplain.cli.serve": ("gradio", "Only the page of serve knows gradio"),
+    "vitexplain.kernels.row_propagation.torch_tiles": ("vitexplain.kernels.contribution_map", "An operation builds on"),
+    "vitexplain.kernels.head_norms.torch_gram": ("vitexplain.kernels.head_norms.triton_kernel", "No implementation of an"),
+}
 
 
-@pytest.mark.parametrize("path", _modules(), ids=lambda path: ".".join(_location(path)))
-def test_imports_run_downward_only(path: Path) -> None:
-    part = _location(path)[0]
-    if part in FREE - {"testing"}:
-        return
-    imported = _imported_parts(path) - {"__version__"}
-    if part == "testing":
-        assert imported <= {"testing"}, "the reference is independent of the code it judges"
-        return
-    assert part in LEVEL, f"{part} has no place in the house: add it to LEVELS"
-    allowed = {name for name, depth in LEVEL.items() if depth >= LEVEL[part]} | ({"testing"} if part == "explainer" else set())
-    assert imported <= allowed, f"{part} imports {sorted(imported - allowed)} from above"
+def test_every_forbidden_import_breaks_its_contract(tmp_path: Path) -> None:
+    folder = _laid_out(tmp_path)
+    (folder / "vitexplain" / "a_new_part.py").touch()
+    for module, (imported, _) in FORBIDDEN.items():
+        with (folder / f"{module.replace('.', '/')}.py").open("a", encoding="utf-8") as source:
+            source.write(f"\n\ndef _planted():\n    import {imported}\n")
+    checked = _checked(folder)
+    assert checked.returncode != 0
+    kept = [line for line in checked.stdout.splitlines() if "KEPT" in line]
+    for module, (imported, contract) in FORBIDDEN.items():
+        assert f"{module} -> {imported} (" in checked.stdout, checked.stdout + checked.stderr
+        assert not any(line.startswith(contract) for line in kept), kept
+    assert "- vitexplain.a_new_part\n" in checked.stdout, "a part without a place is refused"

@@ -14,7 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vitexplain import ExplanationError, InputError, UnknownNameError
-from vitexplain.loading import DEMO, load_model, load_photo, read_state_dict, resolve_device, to_rgb
+from vitexplain.loading import DEMO, load_model, resolve_device
+from vitexplain.photos import load_photo, to_rgb
+from vitexplain.weights import read_state_dict
 
 TIMM_MODEL = "test_vit"  # timm's smallest: 160 × 160 pixels, patches of 16
 

@@ -137,7 +137,7 @@ def test_a_checkpointed_block_lets_go_of_its_attention(monkeypatch: pytest.Monke
     step = GMAR.step
 
     def counting(self: GMAR, state: object, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> object:
-        held.append(sum(other.query is not None for other in trace.blocks))
+        held.append(sum(hasattr(other, "query") for other in trace.blocks))
         return step(self, state, trace, block, grad_out)
 
     monkeypatch.setattr(GMAR, "step", counting)
@@ -207,8 +207,8 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("checkpoint", [False, True])
+# How the head reads the tokens and whether blocks are run again are apart from each other.
+@pytest.mark.parametrize(("shape", "checkpoint"), [*((shape, False) for shape in SHAPES), (SHAPES[0], True)])
 def test_compiled_blocks_change_no_map(shape: str, checkpoint: bool, eager_compiler: None) -> None:  # noqa: ARG001
     model = build_model(**MODEL_SHAPES[shape])
     images = images_for(model, 2)

@@ -39,7 +39,7 @@ class Checkpointed(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (tokens,) = ctx.saved_tensors
         with torch.enable_grad():
             tokens = tokens.detach().requires_grad_(ctx.needs_input_grad[0])
@@ -47,4 +47,4 @@ class Checkpointed(torch.autograd.Function):
             leaves = [ctx.anchor, tokens] if tokens.requires_grad else [ctx.anchor]
             grad_anchor, *grad_tokens = torch.autograd.grad(out, leaves, grad_out)
         ctx.call.release()
-        return *(grad_tokens or [None]), grad_anchor, None
+        return grad_tokens[0] if grad_tokens else None, grad_anchor, None

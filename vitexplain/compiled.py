@@ -79,7 +79,7 @@ def run_compiled(forward: Callable[..., Any], mode: str, args: tuple[Any, ...], 
 
     try:
         with torch.compiler.set_stance("default"):
-            return _compiled(forward.__func__, mode)(block, *args, **kwargs)
+            return _compiled(type(block).forward, mode)(block, *args, **kwargs)
     except FailOnRecompileLimitHit as error:
         raise UnsupportedModelError(
             f"compile: expected at most {MOST_VARIANTS} shapes and settings for the blocks of {type(block).__name__}, received "

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import is_out_of_memory
 from .messages import brief
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE  # torch's only name for it
 
 Call = Callable[..., dict[str, Tensor]]
 
@@ -38,7 +42,7 @@ class CapturedCall:
         call: Call,
         inputs: Sequence[Tensor | None],
         device: torch.device,
-        pool: tuple[int, int] | None = None,
+        pool: _POOL_HANDLE | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
@@ -51,7 +55,7 @@ class CapturedCall:
                 raise
             raise CannotBeCapturedError(brief(error)) from error
 
-    def _capture(self, call: Call, pool: tuple[int, int] | None, stream: torch.cuda.Stream) -> dict[str, Tensor]:
+    def _capture(self, call: Call, pool: _POOL_HANDLE | None, stream: torch.cuda.Stream) -> dict[str, Tensor]:
         current = torch.cuda.current_stream(stream.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

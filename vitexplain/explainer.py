@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Generic, cast, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar  # with a default, as typing's has from Python 3.13 on
 
 from .capture import expect, expect_finite, looking_once, without_looking
 from .compiled import check_mode
@@ -19,8 +20,7 @@ from .explanation import TENSORS, Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
 from .kernels.dispatch import accumulation_dtype
-from .methods import CaptumMethod, Method, MethodChoice, build_methods
-from .methods.base import ChainMethod
+from .methods import CaptumMethod, ChainMethod, Method, MethodChoice, SeveralMethods, build_methods
 from .models import Anatomy, read_anatomy, unwrap
 from .relevance import (
     Trace,
@@ -41,7 +41,16 @@ REPLAYED_ON = "cuda"
 Score = Callable[[Tensor], Tensor]
 
 
-class Explainer:
+# What ``attribute`` gives: one explanation where one method was asked for, else one for each.
+Found = TypeVar(
+    "Found",
+    bound=Explanation | dict[str, Explanation],
+    default=Explanation | dict[str, Explanation],
+    covariant=True,
+)
+
+
+class Explainer(Generic[Found]):
     """Explains a model's predictions, without ever storing an attention map.
 
     Args:
@@ -76,6 +85,36 @@ class Explainer:
         InputError: another argument that does not fit.
     """
 
+    @overload
+    def __init__(
+        self: Explainer[Explanation],
+        model: nn.Module,
+        method: str | Method = "tokentm",
+        backend: str = "auto",
+        *,
+        rows: str | None = None,
+        score: Score | str | None = None,
+        anatomy: Anatomy | None = None,
+        compile: bool | str = False,
+        checkpoint: bool = False,
+        cuda_graph: bool = False,
+        **options: Any,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: Explainer[dict[str, Explanation]],
+        model: nn.Module,
+        method: SeveralMethods,
+        backend: str = "auto",
+        *,
+        rows: str | None = None,
+        score: Score | str | None = None,
+        anatomy: Anatomy | None = None,
+        compile: bool | str = False,
+        checkpoint: bool = False,
+        cuda_graph: bool = False,
+        **options: Any,
+    ) -> None: ...
     def __init__(
         self,
         model: nn.Module,
@@ -108,9 +147,7 @@ class Explainer:
         self._check_switches(cuda_graph)
         self._graphs = GraphCache() if cuda_graph else None
 
-    def attribute(
-        self, inputs: Tensor | Mapping[str, Tensor], target: Any = None, *, check_values: bool = True
-    ) -> Explanation | dict[str, Explanation]:
+    def attribute(self, inputs: Tensor | Mapping[str, Tensor], target: Any = None, *, check_values: bool = True) -> Found:
         """Explain a batch of images, or of texts.
 
         Args:
@@ -136,7 +173,8 @@ class Explainer:
         with looking_once() if check_values else without_looking():
             inputs = self._check_tokens(inputs) if self.anatomy.is_text else self._check_images(inputs)
             explanations = self._explain(inputs, target)
-        return explanations if self._several else next(iter(explanations.values()))
+        # __init__'s two forms say which of them it is
+        return cast(Found, explanations if self._several else next(iter(explanations.values())))
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +304,7 @@ class Explainer:
         precision = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.fp32_precision
         form = target, None if classes is None else classes.shape
         try:
+            assert self._graphs is not None, "only with cuda_graph"
             with torch.inference_mode(False):
                 key = (images.shape, images.dtype, form, autocast, precision, places)
                 tensors = graphs(key, call, (images, classes), images.device)
@@ -333,6 +372,7 @@ class Explainer:
         else:
             row = values[:, :, 0]
             if self.rows == "all":
+                assert run.pooling is not None, "found by the walk"
                 assert run.pooling is not None, "read before the first walk"
                 found["contribution"], row = values, (run.pooling.float().unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
             found["maps"], found["prefix_values"] = run.patches(row), row[..., : self.anatomy.num_prefix_tokens]
@@ -341,6 +381,7 @@ class Explainer:
         if not run.has_target_axis:
             found = {name: tensor[:, 0] for name, tensor in found.items()}
         found = {name: tensor.contiguous() for name, tensor in found.items()}
+        assert run.output is not None, "found by the walk"
         return Explanation(method.name, asdict(method), target=run.classes, logits=run.output.detach(), **found)
 
 
@@ -461,16 +502,17 @@ class _Run:
 
     def _walk_all_rows(self, methods: list[ChainMethod], tap: Tap, trace: Trace, output: Tensor) -> None:
         """The whole product (B, n, n) of every method, from the first block up."""
-        for method in methods:
+        chains = [method for method in methods if isinstance(method, ChainMethod)]  # no other is let in with all rows
+        for method in chains:
             if not method.uses_gradient:
                 self.add(method, contribution_of_all_rows(trace, method, {}))
-        scores = dict.fromkeys(method.explained_score for method in methods if method.uses_gradient)
+        scores = dict.fromkeys(method.explained_score for method in chains if method.uses_gradient)
         passes = [(score, target) for score in scores for target in self.targets]
         for number, (score, target) in enumerate(passes):
             scalars = _scalars(output, target, score)
             grad_out: dict[int, Tensor] = {}
             walk_with_gradient(tap, trace, [], scalars, target, last=number == len(passes) - 1, recorded=grad_out)
-            for method in methods:
+            for method in chains:
                 if method.uses_gradient and method.explained_score == score:
                     self.add(method, contribution_of_all_rows(trace, method, grad_out))
 
@@ -498,6 +540,7 @@ class _Run:
             ) as tap:
                 output = self.set_output(tap.forward(self.inputs))
                 assert self.output is not None, "set a line before"
+                assert self.output is not None, "just set, if not before"
                 self.output = self.output.to(next(self.anatomy.model.parameters()).dtype)
                 trace = self._trace(tap)
                 for number, target in enumerate(self.targets):
@@ -541,6 +584,11 @@ def _expect_finite_logits(output: Tensor) -> None:
     expect_finite(output, f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
 
 
+def _of_label(tensors: Mapping[str, Tensor], label: str) -> dict[str, Any]:
+    """One explanation's tensors by the attributes' names, None where it has none."""
+    return {name: tensors.get(f"{label}/{name}") for name in TENSORS}
+
+
 def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:
     """A user's description of a model, where it is one of this model."""
     if not isinstance(anatomy, Anatomy):
@@ -555,6 +603,32 @@ def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:
     return anatomy
 
 
+@overload
+def explain(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    target: Any = None,
+    method: str | Method = "tokentm",
+    backend: str = "auto",
+    *,
+    rows: str | None = None,
+    score: Score | str | None = None,
+    anatomy: Anatomy | None = None,
+    **options: Any,
+) -> Explanation: ...
+@overload
+def explain(
+    model: nn.Module,
+    inputs: Tensor | Mapping[str, Tensor],
+    target: Any = None,
+    method: SeveralMethods = ...,
+    backend: str = "auto",
+    *,
+    rows: str | None = None,
+    score: Score | str | None = None,
+    anatomy: Anatomy | None = None,
+    **options: Any,
+) -> dict[str, Explanation]: ...
 def explain(
     model: nn.Module,
     inputs: Tensor | Mapping[str, Tensor],

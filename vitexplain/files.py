@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are there to be read, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
+from .messages import brief
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems
@@ -105,3 +106,18 @@ def folder_size(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise ``InputError`` where a path is not a file with something in it."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{what}: expected a file, received the directory {str(path)!r}")
+        if not path.exists():
+            raise InputError(f"{what}: there is no file {str(path)!r}")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{what}: the file {str(path)!r} is empty (0 bytes)")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{what}: cannot read {str(path)!r}: {brief(error)}") from error

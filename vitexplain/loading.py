@@ -1,53 +1,39 @@
-"""Models by name, weights from files, and photos from files, each with one-line errors for what cannot be read."""
+"""Models by name, with what belongs to them: preprocessing, class names."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import timm
 import timm.data
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .errors import InputError, unknown_name
 from .heatmap import as_photo
-from .messages import brief, quiet, some
+from .hugging_face import PREFIX, transformers_model, within_reach
+from .messages import brief, quiet
 from .models import unwrap
+from .weights import fill, float32_state, num_classes_of, read_state_dict
 
 DEMO = "demo"
 DISPLAY_SIDE = 448
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-MAX_SIDE_RATIO = 100
 
 _DEMO_FILES = "demo_vit_cifar10"
-_ROWS = 64  # of an image that are scaled at a time: in float64 the whole of a large one would take eight times its bytes
-_ONE_PICTURE = ("MPO", "PSD")  # further frames are previews, depth maps or layers of the one picture
-_MODES = {  # how messages name Pillow's modes
-    "1": "black and white ({})",
-    "L": "grayscale ({})",
-    "LA": "grayscale with transparency ({})",
-    "P": "palette ({})",
-    "PA": "palette with transparency ({})",
-    "I": "integer grayscale ({})",
-    "F": "floating-point grayscale ({})",
-    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit grayscale ({})"),
-}
-_Converted = TypeVar("_Converted")
 
 
 class Preprocess:
@@ -199,7 +185,7 @@ class LoadedModel:
             for synonym in _synonyms(known):
                 part.setdefault(synonym, []).append(index)
         wanted = {name: name.strip().casefold() for name in names}
-        return {name: tuple(whole.get(text) or part.get(text, ())) for name, text in wanted.items()}
+        return {name: tuple(whole.get(text) or part.get(text) or ()) for name, text in wanted.items()}
 
 
 def load_model(
@@ -212,7 +198,8 @@ def load_model(
     """A model by name, with its preprocessing and class names.
 
     Args:
-        name: ``"demo"``, the small CIFAR-10 model that comes with this package, or the name of a timm model.
+        name: ``"demo"``, the small CIFAR-10 model that comes with this package; the name of a timm model; or
+            ``"transformers:"`` and the name of one of Hugging Face transformers' image classifiers or its folder.
         weights: file of a state dict (.safetensors, .pth, .pt, .bin); None for the demo's own or timm's pretrained weights,
             which are downloaded. The number of classes is read from the file.
         device: where the model is put; ``"auto"`` is CUDA where there is a device, else the CPU.
@@ -223,10 +210,16 @@ def load_model(
         InputError: the weights cannot be downloaded, read, or do not fit; or there is no such device.
     """
     place = resolve_device(device)
+    if weights is not None and name.startswith(PREFIX):
+        raise InputError(
+            f"weights: expected none beside {name!r}, whose folder or place on the hub has them, received {str(weights)!r}"
+        )
     state = None if weights is None else read_state_dict(weights)
     try:
         if name == DEMO:
             model, config, class_names = _demo(state, weights)
+        elif name.startswith(PREFIX):
+            model, config, class_names = transformers_model(name)
         else:
             model, config, class_names = _timm(name, state, weights)
         model = model.eval().to(place, dtype)
@@ -298,9 +291,9 @@ def _demo(state: dict[str, Tensor] | None, source: str | Path | None) -> tuple[n
     assets = resources.files("vitexplain") / "assets"
     card = json.loads((assets / f"{_DEMO_FILES}.json").read_text(encoding="utf-8"))
     if state is None:
-        state = _float32(safetensors.torch.load((assets / f"{_DEMO_FILES}.safetensors").read_bytes()))
+        state = float32_state(safetensors.torch.load((assets / f"{_DEMO_FILES}.safetensors").read_bytes()))
     model = VisionTransformer(**card["arguments"])
-    _fill(model, state, source or DEMO, DEMO)
+    fill(model, state, source or DEMO, DEMO)
     side = card["arguments"]["img_size"]
     config = dict(
         input_size=(3, side, side),
@@ -320,10 +313,10 @@ def _timm(
     _check_name(name)
     model = _create(name, pretrained=state is None)
     if state is not None:
-        num_classes = _num_classes(model, state)
+        num_classes = num_classes_of(model, state)
         if num_classes not in (None, model.num_classes):
             model = _create(name, pretrained=False, num_classes=num_classes)
-        _fill(model, state, source, name)
+        fill(model, state, source, name)
     return model, timm.data.resolve_model_data_config(model), _imagenet_names(model)
 
 
@@ -341,7 +334,7 @@ def _check_name(name: str) -> None:
 
 def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """``timm.create_model``, whose many ways to fail on the way to a hub become one line."""
-    with quiet("huggingface_hub", "timm"):
+    with quiet("huggingface_hub", "timm"), within_reach() if pretrained else nullcontext():
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except torch.OutOfMemoryError:
@@ -364,259 +357,3 @@ def _imagenet_names(model: nn.Module) -> tuple[str, ...] | None:
 
 def _synonyms(name: str) -> set[str]:
     return {synonym.strip().casefold() for synonym in name.split(",")}
-
-
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, in float32; ``{"state_dict": …}`` and ``{"model": …}`` around it are taken off.
-
-    Raises:
-        InputError: no such file, not readable as weights, or a file that would run code when read.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in WEIGHT_SUFFIXES:
-        raise InputError(f"weights: expected a file ending in {', '.join(WEIGHT_SUFFIXES)}, received {path.name!r}")
-    check_file(path, "weights")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything inside a parser
-        raise InputError(_why_unreadable(path, error)) from error
-    return _float32(_unwrap_state(content, path))
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    code = named or re.search(r"Unsupported (?:global|class)|[Uu]nrecognized function", str(error))
-    if isinstance(error, OSError):
-        return f"weights: cannot read {str(path)!r}: {error.strerror or error}"
-    if code is None:
-        return f"weights: cannot read {str(path)!r}: not a file of weights, or damaged ({type(error).__name__})"
-    what = named.group(1) if named else "objects other than tensors"
-    return (
-        f"weights: refused {str(path)!r}: it holds {what}, and unpickling that could run any code; "
-        "expected tensors only (a state_dict, better as .safetensors)"
-    )
-
-
-def _unwrap_state(content: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"weights: expected a state dict of tensors in {str(path)!r}, received {_describe(content)}")
-    if all(str(key).startswith("module.") for key in content):  # saved from inside a data-parallel wrapper
-        return {str(key).removeprefix("module."): value for key, value in content.items()}
-    return dict(content)
-
-
-def _describe(content: Any) -> str:
-    if isinstance(content, Mapping):
-        odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-        return f"a dict with other values under {some(odd)}" if odd else "an empty dict"
-    return type(content).__name__
-
-
-def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-
-
-def _num_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """The number of classes that the head in a state dict has; None where there is no head of the model's name."""
-    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    weight = state.get(f"{head if isinstance(head, str) else head[0]}.weight")
-    return None if weight is None or weight.dim() != 2 else len(weight)
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], source: object, name: str) -> None:
-    """Strictly load a state dict.
-
-    Raises:
-        InputError: it does not fit; the message names a few of the keys.
-    """
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    wrong = [
-        f"{key} (expected {tuple(own[key].shape)}, received {tuple(state[key].shape)})"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    parts = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
-    problems = "; ".join(f"{what} {some(keys)}" for what, keys in parts if keys)
-    if problems:
-        raise InputError(f"weights: {str(source)!r} does not fit model {name!r}: {problems}")
-    model.load_state_dict(state)
-
-
-# -- photos ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A photo as it was read.
-
-    Attributes:
-        image: RGB, upright.
-        note: what was done to the file's own image apart from turning it upright, such as ``"converted from CMYK to RGB"``;
-            None where nothing was.
-    """
-
-    image: Image.Image
-    note: str | None
-
-
-def load_photo(path: str | Path) -> Image.Image:
-    """The photo in a file as RGB, upright; transparent parts become white, 16-bit values are scaled, and of an animation
-    the first frame is taken.
-
-    Raises:
-        InputError: no such file, or it cannot be read as an image.
-    """
-    return read_photo(path).image
-
-
-def read_photo(path: str | Path) -> Photo:
-    """The photo in a file as ``load_photo`` gives it, with what was done to it.
-
-    Raises:
-        InputError: no such file, or it cannot be read as an image.
-    """
-    path = Path(path)
-    check_file(path, "photo")
-    return decode_photo(path, repr(str(path)))
-
-
-def decode_photo(file: Path | BinaryIO, name: str) -> Photo:
-    """The photo in a file or a stream of bytes as ``read_photo`` gives it; ``name`` stands for it in messages.
-
-    Raises:
-        InputError: it cannot be read as an image.
-    """
-    photo = decode_image(file, "photo", name, _as_photo)
-    check_sides(photo.image.size, name)
-    return photo
-
-
-def check_sides(size: tuple[int, int], name: str) -> None:
-    """Raise ``InputError`` where a photo of this width and height, called ``name``, is empty or but a thread."""
-    width, height = size
-    if min(size) == 0 or max(size) > MAX_SIDE_RATIO * min(size):
-        raise InputError(f"photo: expected sides within a ratio of {MAX_SIDE_RATIO}, received {width} × {height} in {name}")
-
-
-def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[[Image.Image], _Converted]) -> _Converted:
-    """What ``convert`` makes of the image in a file or a stream of bytes.
-
-    Args:
-        file: the encoded image.
-        what: what the image is for, ``"photo"`` or ``"mask"``; messages begin with it.
-        name: stands for the image in messages.
-        convert: from an image of any mode, as the file holds it: open, its first frame decoded, not yet upright.
-
-    Raises:
-        InputError: it cannot be read as an image, or not be converted.
-        MemoryError: there is too little memory for it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large photos and odd metadata
-            with Image.open(file) as image:
-                image.load()
-                return convert(image)
-    except MemoryError:  # the machine's trouble, not the file's: another try can succeed
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise InputError(f"{what}: {name} is not an image in a known format") from error
-    except Exception as error:  # a damaged file can raise anything inside a decoder
-        raise InputError(f"{what}: cannot read {name}: {brief(error)}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: integers of 16 bits are scaled to 8, and what is transparent becomes white."""
-    rgb, _ = _to_rgb(image)
-    return rgb.copy() if rgb is image else rgb
-
-
-def _as_photo(image: Image.Image) -> Photo:
-    rgb, conversion = _to_rgb(upright(image))
-    if rgb is image:
-        rgb = _detached(image)
-    return Photo(rgb, "; ".join(filter(None, (_frames(image), conversion))) or None)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image itself, turned as its metadata say; no copy is made of one that stands upright already."""
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def _frames(image: Image.Image) -> str | None:
-    """That the file has more frames than the one that was decoded."""
-    if image.format in _ONE_PICTURE:
-        return None
-    try:
-        count = getattr(image, "n_frames", 1)
-    except Exception:  # what comes behind the first frame is damaged
-        return "first of several frames"
-    return f"first of {count} frames" if count > 1 else None
-
-
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """An image of any mode as RGB, itself where it is, and what that changed."""
-    mode = image.mode
-    conversion = None if mode == "RGB" else f"converted from {_MODES.get(mode, '{}').format(mode)} to RGB"
-    if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB"), conversion
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image if mode == "RGBA" else image.convert("RGBA")
-        if image.getextrema()[3][0] == 255:
-            return image.convert("RGB"), conversion
-        conversion = f"transparent parts on white ({mode})"
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB"), conversion
-    return image if mode == "RGB" else image.convert("RGB"), conversion
-
-
-def _detached(image: Image.Image) -> Image.Image:
-    """An image of the same pixels that knows nothing of its file; they are copied only where they lie in the file, mapped."""
-    return image.copy() if image.readonly else image._new(image.im)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 65535], or for floats also in [0, 1] or [0, 255] if none is larger, to [0, 255]."""
-    top = 65535.0
-    if values.dtype.kind == "f":
-        largest = float(np.max(values, where=np.isfinite(values), initial=-np.inf))
-        if largest == -np.inf:
-            raise ValueError("none of its values is finite")
-        top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
-    scaled = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), _ROWS):
-        block = np.nan_to_num(values[start : start + _ROWS]) / top
-        scaled[start : start + _ROWS] = np.rint(np.clip(block, 0, 1) * 255)
-    return scaled
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def check_file(path: Path, what: str) -> None:
-    """Raise ``InputError`` where a path is not a file with something in it."""
-    try:
-        if path.is_dir():
-            raise InputError(f"{what}: expected a file, received the directory {str(path)!r}")
-        if not path.exists():
-            raise InputError(f"{what}: there is no file {str(path)!r}")
-        if path.is_file() and path.stat().st_size == 0:
-            raise InputError(f"{what}: the file {str(path)!r} is empty (0 bytes)")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{what}: cannot read {str(path)!r}: {brief(error)}") from error

@@ -192,6 +192,7 @@ def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: T
 def _norm_weights(block: BlockTrace, update: Update, grad_out: Tensor | None, support: int) -> Tensor | None:
     if update.norm is None:
         return None
+    assert grad_out is not None, "norms are of the gradient"
     return _shares(head_norms(block.value, _needed(grad_out)[:, :, :support], norm=update.norm, backend=block.backend))
 
 
@@ -245,6 +246,7 @@ def _one_pass(rows: Rows, block: BlockTrace) -> bool:
 
 def _row_beside_backward(rows: Rows, block: BlockTrace, grad_out: Tensor, phi: str, *, norms: bool) -> tuple[Tensor, Tensor]:
     """Every head's row and L1 norm, with the attention's gradients left in ``block.gradients``."""
+    assert block.out is not None, "there while the gradient of the attention's inputs is to come"
     *gradients, moved, sums = attention_backward(
         block.query,
         block.key,
@@ -401,8 +403,10 @@ def relevant_rows(rows: Rows, attention: AttentionRelevance, grad_out: Tensor | 
     row = rows.values[:, 0, :m]
     grad_out = None if grad_out is None else grad_out[:, :, :m]
     if attention.wanted and attention.relevances is None:
-        *relevances, moved = relevance_backward(*attention.arguments(), rows=row, grad_out=grad_out, **attention.keywords())
-        attention.relevances = tuple(relevances)
+        of_query, of_key, of_value, moved = relevance_backward(
+            *attention.arguments(), rows=row, grad_out=grad_out, **attention.keywords()
+        )
+        attention.relevances = of_query, of_key, of_value
     else:
         moved = relevance_rows(*attention.arguments(), row, grad_out=grad_out, **attention.keywords())
     return moved.mean(1, keepdim=True)

@@ -40,7 +40,7 @@ class AttentionRelevance:
         """m."""
         return self.ratio.shape[2]
 
-    def arguments(self) -> tuple[Tensor, ...]:
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The first positional arguments of the relevance operations."""
         block, m = self.block, self.num_rows
         return block.query[:, :, :m], block.key, block.value, self.ratio, block.logsumexp[:, :, :m]
@@ -61,7 +61,7 @@ class RelevantAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -78,7 +78,7 @@ class RelevantAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, relevance: Tensor):
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         tap, block = ctx.tap, ctx.block
         rows = tap.rows_read_of(block)
@@ -89,8 +89,8 @@ class RelevantAttention(torch.autograd.Function):
         if not attention.wanted:
             return None, None, None, grad_anchor, None, None
         if attention.relevances is None:
-            *relevances, _ = relevance_backward(*attention.arguments(), **attention.keywords())
-            attention.relevances = tuple(relevances)
+            of_query, of_key, of_value, _ = relevance_backward(*attention.arguments(), **attention.keywords())
+            attention.relevances = of_query, of_key, of_value
         of_query, of_key, of_value = attention.relevances
         if of_query.shape != block.query.shape:
             of_query = F.pad(of_query, (0, 0, 0, block.query.shape[2] - of_query.shape[2]))
@@ -183,9 +183,9 @@ class RelevanceTap(Tap):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self.conservative:
             return F.scaled_dot_product_attention(query.detach(), key.detach(), value, scale=scale)
-        pool = BlockTrace(
-            len(self.blocks), BlockAnatomy(self.anatomy.attention_pool, self.anatomy.attention_pool), False, self.backend
-        )
+        module = self.anatomy.attention_pool
+        assert module is not None, "only its call comes here"
+        pool = BlockTrace(len(self.blocks), BlockAnatomy(module, module), False, self.backend)
         pool.scale = scale
         return RelevantAttention.apply(query, key, value, self.anchor, self, pool)
 

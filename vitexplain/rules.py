@@ -13,7 +13,7 @@ Conservative Propagation" (ICML 2022).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,13 @@ class Propagate(torch.autograd.Function):
     """Puts a rule into the graph: its output is given, its backward shares relevance among the inputs."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, share: Share, *inputs: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, out: Tensor, share: Share, *inputs: Tensor) -> Tensor:  # noqa: ARG004
         ctx.share = share
         return out.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, relevance: Tensor):
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.share(relevance)
 
 
@@ -52,13 +52,13 @@ class Refuse(torch.autograd.Function):
     """Stands for a function without a rule: no harm where its result is not used, an error where relevance arrives."""
 
     @staticmethod
-    def forward(ctx, name: str, out: Tensor, *inputs: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, name: str, out: Tensor, *inputs: Tensor) -> Tensor:  # noqa: ARG004
         ctx.name = name
         return out.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, relevance: Tensor):  # noqa: ARG004
+    def backward(ctx: Any, relevance: Tensor) -> Never:  # noqa: ARG004
         raise UnsupportedModelError(f"layer-wise relevance propagation has no rule for {ctx.name}(), which the model calls")
 
 
@@ -80,7 +80,7 @@ def _carries(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _identity(func, args, kwargs) -> Tensor:
+def _identity(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Relevance passes unchanged: normalisations, activations, and products with what carries none."""
     source = next(value for value in tree_leaves((args, kwargs)) if _carries(value))
     return Propagate.apply(_computed(func, args, kwargs), lambda relevance: (relevance.sum_to_size(source.shape),), source)
@@ -99,7 +99,7 @@ def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     return (*args, *named), {}
 
 
-def _product(func, args, kwargs) -> Tensor:
+def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A product of two tensors that both carry relevance, as a gate's, gives each of them half; else an identity."""
     args, kwargs = _operands(args, kwargs)
     carrying = [value for value in args[:2] if _carries(value)]
@@ -117,7 +117,7 @@ def _product(func, args, kwargs) -> Tensor:
 def _linear(separate: bool) -> Callable[..., Tensor]:
     """The α1β0 rule on x⁺w⁺ and x⁻w⁻, bias ignored: with one denominator for both parts, or one for each (``separate``)."""
 
-    def rule(func, args, kwargs) -> Tensor:
+    def rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         tokens, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
         if not _carries(tokens) or weight.requires_grad:
             raise UnsupportedModelError("layer-wise relevance propagation has no rule for a linear layer with a computed weight")
@@ -143,7 +143,7 @@ def _add(normalised: bool) -> Callable[..., Tensor]:
     A number or a bias vector takes none. Another tensor that carries none (a position embedding) takes its part, where it ends.
     """
 
-    def rule(func, args, kwargs) -> Tensor:
+    def rule(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         args, kwargs = _operands(args, kwargs)
         carrying = [value for value in args[:2] if _carries(value)]
         others = [value for value in args[:2] if isinstance(value, Tensor) and not value.requires_grad]
@@ -179,7 +179,7 @@ def _per_image_sum(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
-def _first_convolution(func, args, kwargs) -> Tensor:
+def _first_convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The z^B rule between images and patch tokens, bounds per image, bias ignored."""
     images, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -206,7 +206,7 @@ def _first_convolution(func, args, kwargs) -> Tensor:
     return Propagate.apply(_computed(func, args, kwargs), share, images)
 
 
-def _constant_factor(func, args, kwargs) -> Tensor:
+def _constant_factor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """An activation as a product with a constant: x · (f(x) / x)."""
     source = next(value for value in tree_leaves((args, kwargs)) if _carries(value))
     out = _computed(func, args, kwargs)
@@ -214,7 +214,7 @@ def _constant_factor(func, args, kwargs) -> Tensor:
     return Propagate.apply(out, lambda gradient: (gradient * divide(out, value),), source)
 
 
-def _constant_denominator(func, args, kwargs) -> Tensor:
+def _constant_denominator(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """LayerNorm whose standard deviation is a constant: it centres, scales by constants, and shifts."""
     options = _by_name(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
     source, weight = options["input"], options.get("weight")
@@ -229,7 +229,7 @@ def _constant_denominator(func, args, kwargs) -> Tensor:
     return Propagate.apply(_computed(func, args, kwargs), share, source)
 
 
-def _constant_root(func, args, kwargs) -> Tensor:
+def _constant_root(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """RMSNorm whose root mean square is a constant."""
     options = _by_name(("input", "normalized_shape", "weight", "eps"), args, kwargs)
     source, weight, eps = options["input"], options.get("weight"), options.get("eps")
@@ -244,7 +244,7 @@ def _constant_root(func, args, kwargs) -> Tensor:
     )
 
 
-def _unit_length(func, args, kwargs) -> Tensor:  # noqa: ARG001
+def _unit_length(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ARG001
     """``F.normalize`` whose norm is a constant."""
     options = _by_name(("input", "p", "dim", "eps"), args, kwargs)
     source, dim = options["input"], options.get("dim", 1)
@@ -252,7 +252,7 @@ def _unit_length(func, args, kwargs) -> Tensor:  # noqa: ARG001
     return source / norm.clamp_min(options.get("eps", 1e-12))
 
 
-def _cosine(func, args, kwargs) -> Tensor:  # noqa: ARG001
+def _cosine(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ARG001
     """``F.cosine_similarity`` whose norms are constants."""
     options = _by_name(("x1", "x2", "dim", "eps"), args, kwargs)
     dim, eps = options.get("dim", 1), options.get("eps", 1e-8)
@@ -263,7 +263,7 @@ def _cosine(func, args, kwargs) -> Tensor:  # noqa: ARG001
     return (units[0] * units[1]).sum(dim)
 
 
-def _half_product(func, args, kwargs) -> Tensor:
+def _half_product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """A product of two activations: each gets half of the gradient, so that gradient × input keeps its sum."""
     carrying = [value for value in args[:2] if _carries(value)]
     if len(carrying) == 1:

@@ -24,7 +24,7 @@ from .checkpoint import Checkpointed
 from .compiled import compiling, forward_replaced, reported, reporting, run_compiled
 from .errors import UnsupportedModelError
 from .fused_attention import attention_backward, attention_forward, leading_rows_backward
-from .models import Anatomy, BlockAnatomy
+from .models import Anatomy, BlockAnatomy, ResidualBranches
 
 
 @dataclass
@@ -37,8 +37,8 @@ class BlockTrace:
         is_last: whether it is the model's last block.
         backend: for kernels that work on this block.
         called: whether its attention was called.
-        query, key, value: (B, H, n, dh), as they reached the attention.
-        logsumexp: (B, H, n).
+        query, key, value: (B, H, n, dh), as they reached the attention; there from its call until ``forget_attention``.
+        logsumexp: (B, H, n), for as long.
         scale: factor of the scores.
         mask: broadcastable to (B, H, n, n), boolean or added to the scores, where the model uses one.
         valid_tokens: (B, n) bool, False for padding, where the inputs have any.
@@ -56,10 +56,10 @@ class BlockTrace:
     is_last: bool
     backend: str
     called: bool = False
-    query: Tensor | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
-    logsumexp: Tensor | None = None
+    query: Tensor = field(init=False, repr=False)
+    key: Tensor = field(init=False, repr=False)
+    value: Tensor = field(init=False, repr=False)
+    logsumexp: Tensor = field(init=False, repr=False)
     scale: float = 0.0
     mask: Tensor | None = None
     valid_tokens: Tensor | None = None
@@ -73,11 +73,23 @@ class BlockTrace:
     mid_tokens: Tensor | None = None
     mlp_out: Tensor | None = None
 
+    @property
+    def branches(self) -> ResidualBranches:
+        """The residual branches, where they can be read apart."""
+        assert self.anatomy.branches is not None, "methods that need branches refuse blocks without"
+        return self.anatomy.branches
+
     def mask_of_rows(self, num_rows: int) -> Tensor | None:
         """The mask of the first query rows."""
         if self.mask is None or self.mask.shape[-2] == 1:
             return self.mask
         return self.mask[..., :num_rows, :]
+
+    def forget_attention(self) -> None:
+        """Let go of what the attention was called with."""
+        for name in ("query", "key", "value", "logsumexp"):
+            vars(self).pop(name, None)
+        self.mask = None
 
 
 class Observer(Protocol):
@@ -147,7 +159,15 @@ class TappedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, anchor: Tensor | None, tap: Tap, block: BlockTrace) -> Tensor:  # noqa: ARG004
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        anchor: Tensor | None,  # noqa: ARG004
+        tap: Tap,
+        block: BlockTrace,
+    ) -> Tensor:
         out, state = attention_forward(query, key, value, block.scale, block.mask)
         block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
         block.logsumexp = state.logsumexp
@@ -157,7 +177,7 @@ class TappedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out = ctx.saved_tensors
         tap, block = ctx.tap, ctx.block
         wanted = any(ctx.needs_input_grad[:3])
@@ -187,7 +207,13 @@ class SdpaMode(TorchFunctionMode):
         super().__init__()
         self.handler = handler
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
             return _intercepted(self, func, args, kwargs)
@@ -216,9 +242,7 @@ class _BlockCall:
     ) -> None:
         self.tap, self.block, self.run, self.args, self.kwargs = tap, block, run, args, kwargs
         self.device = first_input(args, kwargs).device.type
-        self.autocast = {
-            "dtype": torch.get_autocast_dtype(self.device), "enabled": torch.is_autocast_enabled(self.device)
-        }  # fmt: skip
+        self.autocast_dtype, self.autocasts = torch.get_autocast_dtype(self.device), torch.is_autocast_enabled(self.device)
         self.rest: tuple[Any, ...] | None = None
         self._expect_no_graph([*args[1:], *(list(kwargs.values())[0 if args else 1 :])], "is called with")
 
@@ -230,7 +254,8 @@ class _BlockCall:
     def again(self, tokens: Tensor) -> Tensor:
         self.block.called = False
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device, **self.autocast))  # of the forward; this may be another thread
+            # of the forward; this may be another thread
+            stack.enter_context(torch.autocast(self.device, dtype=self.autocast_dtype, enabled=self.autocasts))
             stack.enter_context(self.tap._mode())
             if not self.tap._compiles(self.block):
                 self.tap._hook_inside(self.block, stack)
@@ -424,15 +449,16 @@ class Tap:
     def _run_compiled(
         self, block: BlockTrace, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, report: bool
     ) -> Any:
-        branches = block.anatomy.branches
+        mode = self.running.compile_mode
+        assert mode is not None, "only where blocks are compiled"
         with ExitStack() as stack:
             if report:
-                stack.enter_context(reporting(branches.mlp_input, branches.mlp_output))
+                stack.enter_context(reporting(block.branches.mlp_input, block.branches.mlp_output))
             self._set_current(block)
             stack.callback(self._set_current, None)
-            out = run_compiled(run, self.running.compile_mode, args, kwargs)
+            out = run_compiled(run, mode, args, kwargs)
             if report:
-                block.mid_tokens, mlp_out = reported(branches.mlp_input), reported(branches.mlp_output)
+                block.mid_tokens, mlp_out = reported(block.branches.mlp_input), reported(block.branches.mlp_output)
                 if mlp_out is not None:
                     self._leave_mlp(block, mlp_out)
         return out
@@ -443,7 +469,7 @@ class Tap:
     def _release(self, block: BlockTrace) -> None:
         """Let go of what is made anew when the block is run again."""
         if not self.running.keep_attention:
-            block.query = block.key = block.value = block.logsumexp = block.mask = None
+            block.forget_attention()
         block.tokens = block.mid_tokens = block.mlp_out = None
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -543,7 +569,7 @@ class Tap:
             self._narrowing = True
             try:
                 with torch.no_grad():
-                    block.mlp_out = block.anatomy.branches.mlp(block.mid_tokens)
+                    block.mlp_out = block.branches.mlp(block.mid_tokens)
             finally:
                 self._narrowing = False
         return (tokens[:, : self.rows_read_of(block)], *args[1:])
@@ -552,9 +578,10 @@ class Tap:
         if self._narrowing:
             return None
         if not self._narrows(block):
-            scale = block.anatomy.branches.mlp_scale()
+            scale = block.branches.mlp_scale()
             block.mlp_out = out.detach() if scale is None else out.detach() * scale
             return None
+        assert block.mid_tokens is not None, "the branch was entered"
         return F.pad(out, (0, 0, 0, block.mid_tokens.shape[1] - out.shape[1]))
 
     def _expect_attention(self, block: BlockTrace) -> None:
@@ -596,7 +623,7 @@ def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor
         for module, name, _ in absent:
             setattr(module, name, None)
         with SdpaMode(lambda *_, **__: attention_out):
-            out = block.block(tokens, *(None for _ in _required_inputs(type(block.block))))
+            out = block.block(tokens, *(None for _ in _required_inputs(type(block.block).forward)))
     finally:
         for module, name, value in absent:
             setattr(module, name, value)
@@ -604,9 +631,9 @@ def replay(block: BlockAnatomy, tokens: Tensor, attention_out: Tensor) -> Tensor
 
 
 @lru_cache
-def _required_inputs(kind: type[nn.Module]) -> tuple[str, ...]:
+def _required_inputs(forward: Callable[..., Any]) -> tuple[str, ...]:
     """What a block must be called with beside its tokens: masks and position embeddings, which act on scores alone."""
-    parameters = list(inspect.signature(kind.forward).parameters.values())[2:]
+    parameters = list(inspect.signature(forward).parameters.values())[2:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty)
 
@@ -670,8 +697,12 @@ def multi_head_attention(
         what = "add_zero_attn=True" if add_zero_attn else f"unbatched inputs of shape {tuple(query.shape)}"
         raise UnsupportedModelError(f"nn.MultiheadAttention: expected batched inputs without extra keys, received {what}")
     if use_separate_proj_weight:
+        assert q_proj_weight is not None
+        assert k_proj_weight is not None
+        assert v_proj_weight is not None
         weights: Sequence[Tensor] = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
+        assert in_proj_weight is not None
         weights = in_proj_weight.chunk(3)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
 
@@ -679,9 +710,9 @@ def multi_head_attention(
         projected = F.linear(tokens.transpose(0, 1), weight, bias)  # (B, n, d)
         return projected.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    projected = [heads(*inputs) for inputs in zip((query, key, value), weights, biases, strict=True)]
-    mask = _joined_masks(attn_mask, key_padding_mask, projected[0])
-    out = F.scaled_dot_product_attention(*projected, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
+    queries, keys, values = (heads(*inputs) for inputs in zip((query, key, value), weights, biases, strict=True))
+    mask = _joined_masks(attn_mask, key_padding_mask, queries)
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
     out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     return out.transpose(0, 1), None
 

@@ -33,6 +33,7 @@ class Target:
     def value(self, outputs: Tensor) -> Tensor:
         """The scalars (B,) of outputs (B, C)."""
         if self.score is None:
+            assert self.classes is not None, "a target is a class or a score's"
             return outputs.gather(1, self.classes.unsqueeze(1)).squeeze(1)
         values = self.score(outputs)
         return values if values.dim() == 1 else values[:, self.column]
@@ -63,8 +64,8 @@ def targets_of(
     if outputs.requires_grad and not values.requires_grad:
         raise InputError("score: expected a differentiable function of the model's output, received one without a gradient")
     expect_finite(values, "score: expected finite values, received NaN or infinity")
-    columns = range(values.shape[1]) if values.dim() == 2 else range(1)
-    return None, [Target(score=score, column=column) for column in columns], values.dim() == 2
+    num_columns = values.shape[1] if values.dim() == 2 else 1
+    return None, [Target(score=score, column=column) for column in range(num_columns)], values.dim() == 2
 
 
 def margin(first: int, second: int) -> Callable[[Tensor], Tensor]:

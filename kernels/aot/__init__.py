@@ -51,9 +51,10 @@ def find(variant: KernelVariant, architecture: str) -> LoadedImage | None:
 @cache
 def _images(architecture: str) -> dict[tuple[Any, ...], list[LoadedImage]]:
     """All images of an architecture by what they run; empty, with a warning, where the folder is damaged."""
-    folder = images_folder() / architecture
-    if not folder.is_dir() or architecture.startswith("gfx"):
+    root = images_folder()
+    if root is None or not (root / architecture).is_dir() or architecture.startswith("gfx"):
         return {}
+    folder = root / architecture
     try:
         manifest = read_manifest(folder)
     except ValueError as error:

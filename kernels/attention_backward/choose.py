@@ -51,7 +51,7 @@ class Decision:
 
 def read_decisions(path: Path = TABLE) -> list[Decision]:
     """All measurements."""
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return [Decision(**row) for row in csv.DictReader(stream)]
 
 

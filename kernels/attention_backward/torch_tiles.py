@@ -31,7 +31,7 @@ def attention_backward_tiles(
     )
     moved = torch.zeros(tiles.batch, tiles.heads, tiles.num_keys, dtype=SUMS, device=tiles.device)
     sums = moved.new_zeros(tiles.batch, tiles.heads) if norms else moved.new_empty(0)
-    for b, h, i, probabilities, gradient in tiles:
+    for b, h, i, probabilities, gradient in tiles.both():
         grad_rows = grad_out[b, h, i].to(dtype)
         delta = torch.linalg.vecdot(grad_rows, out[b, h, i].to(dtype)).unsqueeze(-1)
         grad_value[b, h] += probabilities.transpose(1, 2) @ grad_rows

@@ -31,7 +31,7 @@ def relevance_backward_tiles(
         torch.zeros(tensor.shape, dtype=dtype, device=tiles.device) for tensor in (query, key, value)
     )
     moved = _zero_rows(tiles) if rows is not None else relevance_query.new_empty(0)
-    for b, h, i, probabilities, relevance in tiles:
+    for b, h, i, probabilities, relevance in tiles.both():
         relevance_value[b, h] += probabilities.transpose(1, 2) @ ratio[b, h, i].to(dtype)
         relevance.mul_(probabilities).mul_(0.5)
         buffer = probabilities.view(-1)  # P has been used: its buffer takes the next products
@@ -44,8 +44,11 @@ def relevance_backward_tiles(
         relevance.div_(_stabilized(scores))  # 0 wherever P is
         torch.matmul(relevance, keys, out=relevance_query[b, h, i])
         relevance_key[b, h] += relevance.transpose(1, 2) @ queries
-    relevance_of = ((relevance_query, query), (relevance_key, key), (relevance_value, value))
-    return *(summed.mul_(tensor).mul_(0.5).to(tensor.dtype) for summed, tensor in relevance_of), moved
+    of_query, of_key, of_value = (
+        summed.mul_(tensor).mul_(0.5).to(tensor.dtype)
+        for summed, tensor in ((relevance_query, query), (relevance_key, key), (relevance_value, value))
+    )
+    return of_query, of_key, of_value, moved
 
 
 def relevance_rows_tiles(
@@ -62,7 +65,7 @@ def relevance_rows_tiles(
     """See ``relevance_rows``."""
     tiles = AttentionTiles(query, key, value, ratio, logsumexp, mask, scale)
     moved = _zero_rows(tiles)
-    for b, h, i, probabilities, relevance in tiles:
+    for b, h, i, probabilities, relevance in tiles.both():
         relevance.mul_(probabilities).mul_(0.5)
         moved[b, h] += _moved(rows, grad_out, value, relevance, probabilities.view(-1), b, h, i)
     return moved

@@ -149,8 +149,9 @@ def launch_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``relevance_backward``."""
-    *relevance, moved = _launch(query, key, value, ratio, logsumexp, rows, grad_out, mask, scale, backward=True)
-    return *relevance, torch.empty(0, dtype=torch.float32, device=query.device) if moved is None else moved
+    relevances, moved = _launch(query, key, value, ratio, logsumexp, rows, grad_out, mask, scale, backward=True)
+    assert relevances is not None
+    return *relevances, torch.empty(0, dtype=torch.float32, device=query.device) if moved is None else moved
 
 
 def launch_rows(
@@ -165,7 +166,9 @@ def launch_rows(
     scale: float,
 ) -> Tensor:
     """See ``relevance_rows``."""
-    return _launch(query, key, value, ratio, logsumexp, rows, grad_out, mask, scale, backward=False)[-1]
+    _, moved = _launch(query, key, value, ratio, logsumexp, rows, grad_out, mask, scale, backward=False)
+    assert moved is not None
+    return moved
 
 
 def _launch(
@@ -180,10 +183,11 @@ def _launch(
     scale: float,
     *,
     backward: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Tensor | None]:
     """Relevance of query, key and value with ``backward``, and S where rows are given."""
     check_dtype(query)
-    query, key, value, ratio, grad_out = map(with_unit_last_stride, (query, key, value, ratio, grad_out))
+    query, key, value, ratio = map(with_unit_last_stride, (query, key, value, ratio))
+    grad_out = with_unit_last_stride(grad_out)
     batch, heads, num_queries, head_dim = query.shape
     num_keys, device = key.shape[2], query.device
     check_value_width(head_dim, value)
@@ -191,7 +195,7 @@ def _launch(
     config = tile_config("attention_relevance", query, block_d, num_keys)
     key_blocks = triton.cdiv(num_keys, config.block_n)
     programs = splits_to_fill(min(key_blocks, LARGEST_SPLIT), batch * heads, device) if backward else key_blocks
-    partial_query = relevance_query = relevance_key = relevance_value = moved = None
+    partial_query = relevance_key = relevance_value = moved = None
     if backward:
         partial_query = torch.empty(programs, batch, heads, num_queries, head_dim, dtype=torch.float32, device=device)
         relevance_key, relevance_value = (torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in (key, value))
@@ -211,7 +215,7 @@ def _launch(
         "MASK": mask_kind(mask), "PRECISION": dot_precision(query.dtype),
     }  # fmt: skip
     launch(attention_relevance_kernel, (programs, heads, batch), arguments, constants, config)
-    if backward:
-        sums = partial_query[0] if programs == 1 else partial_query.sum(0)
-        relevance_query = sums.mul_(query).to(query.dtype)
-    return relevance_query, relevance_key, relevance_value, moved
+    if partial_query is None or relevance_key is None or relevance_value is None:
+        return None, moved
+    sums = partial_query[0] if programs == 1 else partial_query.sum(0)
+    return (sums.mul_(query).to(query.dtype), relevance_key, relevance_value), moved

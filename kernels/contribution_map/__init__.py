@@ -80,12 +80,12 @@ def contribution_map(
         value = grad_out = None
     shapes = {"head_weights": ("B", "H"), "token_weights": ("B", "H", "n"), "row_factors": ("B", "n")}
     weights = {"head_weights": head_weights, "token_weights": token_weights, "row_factors": row_factors}
-    for name, tensor in weights.items():
-        if tensor is not None:
-            expect_shape(name, tensor, shapes[name], sizes)
-    for name, tensor in {"logsumexp": logsumexp, "contribution": contribution, **weights}.items():
-        if tensor is not None:
-            expect_same(name, tensor, "query", query, dtype=False)
+    for name, weight in weights.items():
+        if weight is not None:
+            expect_shape(name, weight, shapes[name], sizes)
+    for name, other in {"logsumexp": logsumexp, "contribution": contribution, **weights}.items():
+        if other is not None:
+            expect_same(name, other, "query", query, dtype=False)
     mask = None if mask is None else expect_mask(mask, "query", query, {**sizes, "m": sizes["n"]})
     return _operator(
         query, key, value, grad_out, logsumexp, contribution, head_weights, token_weights, row_factors, mask,
@@ -93,7 +93,15 @@ def contribution_map(
     )  # fmt: skip
 
 
-def _fake(query: Tensor, key, value, grad_out, logsumexp, contribution: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+def _fake(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001
+    value: Tensor | None,  # noqa: ARG001
+    grad_out: Tensor | None,  # noqa: ARG001
+    logsumexp: Tensor,  # noqa: ARG001
+    contribution: Tensor,
+    *rest: Any,  # noqa: ARG001
+) -> Tensor:
     return torch.empty(contribution.shape, dtype=accumulation_dtype(query.dtype), device=query.device)
 
 

@@ -101,7 +101,8 @@ def launch_map(
     batch, heads, num_tokens, head_dim = query.shape
     if value is not None:
         check_value_width(head_dim, value)
-    query, key, value, grad_out = map(with_unit_last_stride, (query, key, value, grad_out))
+    query, key = with_unit_last_stride(query), with_unit_last_stride(key)
+    value, grad_out = with_unit_last_stride(value), with_unit_last_stride(grad_out)
     logsumexp = with_unit_last_stride(logsumexp.float())
     weights = (None if tensor is None else tensor.float().contiguous() for tensor in (head_weights, token_weights, row_factors))
     num_columns = contribution.shape[2]

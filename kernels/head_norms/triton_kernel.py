@@ -107,6 +107,7 @@ def launch_norms(value: Tensor, grad_out: Tensor) -> Tensor:
         "PRECISION": dot_precision(value.dtype),
     }  # fmt: skip
     launch(l2_head_norms_kernel, (column_blocks * splits, heads, batch), arguments, constants, config)
-    if squares is None:
+    if grams is not None:
         squares = grams.sum(2).prod(2).flatten(2)  # products of the two whole Gram matrices
+    assert squares is not None
     return squares.sum(-1).clamp_min(0).sqrt()  # rounding can leave a tiny negative

@@ -71,6 +71,7 @@ def row_propagation(
     )
     query, key, logsumexp, value, grad_out, mask = inputs
     source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
+    assert source is not None, "what a φ reads has been checked"
     expect_shape("rows", rows, ("B", "K", "m"), sizes)
     expect_same("rows", rows, source_name, source, dtype=False)
     if head_weights is not None:
@@ -115,9 +116,13 @@ def row_propagation_by_head(
 ) -> tuple[Tensor, Tensor]:
     """Every head's own row S_h and, in the same pass over the tiles, Σ_ij |G_h[i, j]|: for weights that depend on the norms.
 
-    Args: as for ``row_propagation``, but
+    Args:
+        query, key, logsumexp: (B, H, m, dh), (B, H, n, dh), (B, H, m), as for ``row_propagation``.
         rows: (B, m), one row an image.
+        value, grad_out: (B, H, n, dv) and (B, H, m, dv), as for ``row_propagation``.
+        mask: broadcastable to (B, H, m, n): boolean, True where a key takes part, or added to the scores.
         norms: also sum |G| over the passed query rows; needs ``value`` and ``grad_out`` whatever φ is.
+        phi, scale, backend: as for ``row_propagation``.
 
     Returns:
         (B, H, n) and (B, H), float32 (float64 for float64 inputs); without ``norms`` the second is empty.
@@ -133,17 +138,29 @@ def row_propagation_by_head(
         uses_map=phi in WITH_MAP, uses_grad=phi in WITH_GRADIENT or norms,
     )  # fmt: skip
     source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
+    assert source is not None, "what a φ reads has been checked"
     expect_shape("rows", rows, ("B", "m"), sizes)
     expect_same("rows", rows, source_name, source, dtype=False)
     return _by_head_operator(query, key, value, grad_out, logsumexp, rows, mask, float(scale), phi, norms, backend)
 
 
-def _checked(query, key, logsumexp, value, grad_out, mask, sizes: dict[str, int], *, uses_map: bool, uses_grad: bool):
+def _checked(
+    query: Tensor | None,
+    key: Tensor | None,
+    logsumexp: Tensor | None,
+    value: Tensor | None,
+    grad_out: Tensor | None,
+    mask: Tensor | None,
+    sizes: dict[str, int],
+    *,
+    uses_map: bool,
+    uses_grad: bool,
+) -> tuple[Tensor | None, ...]:
     """The inputs, checked; those that φ does not read are None."""
     if uses_map:
-        for name, tensor in (("query", query), ("key", key), ("logsumexp", logsumexp)):
-            if tensor is None:
-                raise ValueError(f"{name}: expected a tensor, received None")
+        if query is None or key is None or logsumexp is None:
+            name = "query" if query is None else "key" if key is None else "logsumexp"
+            raise ValueError(f"{name}: expected a tensor, received None")
         expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
         expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
         expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
@@ -155,9 +172,9 @@ def _checked(query, key, logsumexp, value, grad_out, mask, sizes: dict[str, int]
         expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
         expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
         expect_same("value", value, "grad_out", grad_out)
-        if uses_map:
+        if query is not None and uses_map:
             expect_same("grad_out", grad_out, "query", query)
-    if mask is not None and uses_map:
+    if mask is not None and query is not None and uses_map:
         mask = expect_mask(mask, "query", query, sizes)
     if not uses_map:
         query = key = logsumexp = mask = None
@@ -166,14 +183,36 @@ def _checked(query, key, logsumexp, value, grad_out, mask, sizes: dict[str, int]
     return query, key, logsumexp, value, grad_out, mask
 
 
-def _rows_fake(query, key, value, grad_out, logsumexp, rows: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+def _rows_fake(
+    query: Tensor | None,  # noqa: ARG001
+    key: Tensor | None,
+    value: Tensor | None,
+    grad_out: Tensor | None,  # noqa: ARG001
+    logsumexp: Tensor | None,  # noqa: ARG001
+    rows: Tensor,
+    *rest: Any,  # noqa: ARG001
+) -> Tensor:
     keys = value if key is None else key
+    assert keys is not None, "a φ reads the map or its gradient"
     shape = (rows.shape[0], rows.shape[1], keys.shape[2])
     return torch.empty(shape, dtype=accumulation_dtype(keys.dtype), device=rows.device)
 
 
-def _by_head_fake(query, key, value, grad_out, logsumexp, rows, mask, scale, phi, norms: bool, backend):  # noqa: ARG001
+def _by_head_fake(
+    query: Tensor | None,  # noqa: ARG001
+    key: Tensor | None,
+    value: Tensor | None,
+    grad_out: Tensor | None,  # noqa: ARG001
+    logsumexp: Tensor | None,  # noqa: ARG001
+    rows: Tensor,  # noqa: ARG001
+    mask: Tensor | None,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    phi: str,  # noqa: ARG001
+    norms: bool,
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
     keys = value if key is None else key
+    assert keys is not None, "a φ reads the map or its gradient"
     out = torch.empty((*keys.shape[:2], keys.shape[2]), dtype=accumulation_dtype(keys.dtype), device=keys.device)
     return out, out.new_empty(keys.shape[:2] if norms else 0)
 

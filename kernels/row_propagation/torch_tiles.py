@@ -61,6 +61,7 @@ def row_propagation_by_head_tiles(
     sums = out.new_zeros(tiles.batch, tiles.heads) if norms else out.new_empty(0)
     for b, h, i, probabilities, gradient in tiles:
         if norms:
+            assert gradient is not None, "norms are of the gradient"
             sums[b, h] += torch.linalg.vector_norm(gradient, 1, dim=2).sum(1)
         out[b, h] += torch.matmul(rows[b, i].unsqueeze(0), weighed(probabilities, gradient, phi))[:, 0]
     return out.to(tiles.dtype), sums.to(tiles.dtype)

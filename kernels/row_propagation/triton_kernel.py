@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TileConfig, launch, tile_config
+from ..launch import launch, tile_config
+from ..launch_table import TileConfig
 from ..phi import WITH_MAP
 from ..triton_common import (
     LENGTHS,

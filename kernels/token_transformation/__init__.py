@@ -54,9 +54,11 @@ def add_token_transformation(
 ) -> tuple[Tensor, Tensor]:
     """``token_transformation`` fused with the residual add before it: y = tokens + branch, and the weights of y and transformed.
 
-    Args: as for ``token_transformation``, but
+    Args:
         tokens: (B, n, d), the residual stream before the add.
         branch: (B, n, d), added to it.
+        transformed: (B, n, d), what the next branch adds to the sum.
+        length, necc, necc_scale, backend: as for ``token_transformation``.
 
     Returns:
         y (B, n, d) in the inputs' dtype, as the model's own add would round it, and the weights (B, n).

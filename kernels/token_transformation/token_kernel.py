@@ -56,7 +56,9 @@ def launch_tokens(
 ) -> tuple[Tensor, Tensor]:
     """See ``token_transformation``: weights (B, n) float32, and tokens + branch (empty without ``branch``)."""
     check_dtype(tokens)
-    tokens, branch, transformed = map(with_unit_last_stride, (tokens, branch, transformed))
+    tokens, branch, transformed = (
+        with_unit_last_stride(tokens), with_unit_last_stride(branch), with_unit_last_stride(transformed),
+    )  # fmt: skip
     batch, num_tokens, width = tokens.shape
     config = tile_config("token_transformation", tokens, ANY_WIDTH, num_tokens)
     blocks = triton.cdiv(num_tokens, config.block_m)

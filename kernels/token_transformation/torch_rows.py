@@ -15,8 +15,8 @@ def token_transformation_rows(
     dtype = accumulation_dtype(tokens.dtype)
     entering = tokens if branch is None else tokens + branch
     wide, moved = entering.to(dtype), transformed.to(dtype)
-    norms = (torch.linalg.vector_norm(vectors, dim=-1) for vectors in (wide, moved))
-    weights = _weights(_inner_product(wide, moved), *norms, length, necc, necc_scale)
+    norm_entering, norm_moved = (torch.linalg.vector_norm(vectors, dim=-1) for vectors in (wide, moved))
+    weights = _weights(_inner_product(wide, moved), norm_entering, norm_moved, length, necc, necc_scale)
     return weights, tokens.new_empty(0) if branch is None else entering
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 import vitexplain
 from bench.layer import Layer, LayerSize, one_pass
 from vitexplain import Explainer, kernels
-from vitexplain.loading import Preprocess, decode_photo
+from vitexplain.loading import Preprocess
+from vitexplain.photos import decode_photo
 from vitexplain.testing import DenseReference, relative_error
 
 from ..conftest import all_tokens, build_model, images_for

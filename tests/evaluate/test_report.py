@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,44 +16,10 @@ from vitexplain import InputError
 from vitexplain.evaluate.report import render, write_report
 from vitexplain.evaluate.results import GalleryPhoto, MethodEntry, Results
 
+from ..browser import Opened, watched
 from .made_results import ABLATIONS, CONTROLS, METHODS, made_photos, made_results
 
-NO_BROWSER = "VITEXPLAIN_NO_BROWSER"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 HOSTILE = "<script>window.broken = 1</script> \"Süß\" & 'x' <img src=x onerror=window.broken=1>"
-
-
-@dataclass
-class Opened:
-    """A page and what went wrong or out while it was used."""
-
-    page: object
-    requests: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    """Debian's Chromium; where there is none the tests fail, unless they were told that."""
-    found = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    if os.environ.get(NO_BROWSER) == "1":
-        pytest.skip(f"{NO_BROWSER}=1: no test in a browser")
-    if found is None:
-        pytest.fail(f"none of {', '.join(BROWSERS)} is installed; set {NO_BROWSER}=1 to skip the tests that need one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -67,10 +31,7 @@ def open_report(browser, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
         path = write_report(results, photos, tmp_path / "report.html")
         context = browser.new_context(offline=True, viewport={"width": width, "height": height})
         contexts.append(context)
-        found = Opened(context.new_page())
-        found.page.on("request", lambda request: found.requests.append(request.url))
-        found.page.on("console", lambda message: found.errors.append(message.text) if message.type == "error" else None)
-        found.page.on("pageerror", lambda error: found.errors.append(str(error)))
+        found = watched(context)
         found.page.goto(path.as_uri())
         all_opened.append((found, path.as_uri()))
         return found

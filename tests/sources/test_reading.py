@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from vitexplain import InputError
-from vitexplain.loading import load_photo, to_rgb
+from vitexplain.photos import load_photo, to_rgb
 from vitexplain.sources import Source, open_source
 
 from .made import cut_photo, encode, joined, picture, write_shard

@@ -1,8 +1,10 @@
-"""The command line: ``vitexplain explain``, ``evaluate``, ``dataset``, ``show``, ``summary``, ``list``, ``demo``."""
+"""The command line: ``vitexplain explain``, ``demo``, ``serve``, ``dataset``, ``show``, ``summary``, ``evaluate``, and what it lists."""
 
 from __future__ import annotations
 
-from . import dataset, evaluate, explain, store  # noqa: F401  (they register their commands)
+import sys
+
+from . import dataset, evaluate, explain, serve, store  # noqa: F401  (they register their commands)
 from .app import app
 
 __all__ = ["app", "main"]
@@ -10,4 +12,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a pipe on Windows does not know every letter
     app()

@@ -5,8 +5,6 @@ Heavy imports wait until a command runs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,21 +73,6 @@ def guarded(work: Any) -> None:
 
 def complain(message: str) -> None:
     typer.echo(f"error: {message}", err=True)
-
-
-def prepare_hub(model: str, weights: Path | None) -> None:
-    """Where weights must be downloaded and the hub's name does not resolve, use its cache alone instead of retrying for a minute.
-
-    Called before the hub's client is imported.
-    """
-    if model == "demo" or weights is not None:
-        return
-    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint", "hf_hub_offline") for name in os.environ):
-        return
-    try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def method_names(asked: list[str] | None) -> list[str]:

@@ -22,7 +22,6 @@ from .app import (
     app,
     guarded,
     method_names,
-    prepare_hub,
     progress,
 )
 
@@ -114,7 +113,6 @@ def _dataset(
     as_json: bool,
     settings: dict[str, Any],
 ) -> None:
-    prepare_hub(model, weights)
     if settings["engine"] == "local" and settings["workers"] != 0:
         from ..processes import start_early
 

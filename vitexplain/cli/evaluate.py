@@ -21,7 +21,6 @@ from .app import (
     guarded,
     method_names,
     options_text,
-    prepare_hub,
     progress,
 )
 
@@ -134,7 +133,6 @@ def _evaluate(
 ) -> None:
     if os.path.isfile(output):
         raise Failure(f"output: expected a folder, received the file {str(output)!r}")
-    prepare_hub(model, weights)
     from ..evaluate import evaluate as run
     from ..loading import load_model
     from ..sources import open_source

@@ -21,7 +21,6 @@ from .app import (
     guarded,
     method_names,
     options_text,
-    prepare_hub,
     progress,
 )
 
@@ -190,7 +189,6 @@ def _explain(
     figure: _Figure,
     **settings: Any,
 ) -> None:
-    prepare_hub(model_name, weights)
     from ..loading import dtype_named, load_model
 
     element_type = dtype_named(dtype)
@@ -221,7 +219,7 @@ def _explain(
 def _explain_group(session: _Session, group: list[tuple[Path, Path]], top: int) -> list[dict[str, Any]]:
     """Explain what can be read of a batch; report the rest."""
     from ..errors import InputError
-    from ..loading import load_photo
+    from ..photos import load_photo
 
     readable = []
     for path, destination in group:
@@ -300,6 +298,7 @@ class _Session:
     ) -> dict[str, Any]:
         """Write one photo's maps and return what there is to say about it."""
         first = next(iter(explanations.values()))
+        assert first.target is not None, "classes are explained, and no score"
         probabilities = first.logits[index].float().softmax(-1)
         values, classes = probabilities.topk(min(top, len(probabilities)))
         assert first.target is not None  # classes are what is explained here

@@ -84,7 +84,8 @@ def _seconds(plan: Plan, batch: int) -> float:
     """Seconds a batch takes: the fastest of a few, as what else runs on the machine only adds to it."""
     explainer = BatchExplainer(plan.model, plan.methods, batch=batch, graph=plan.graph, **plan.how)
     device = explainer.device
-    photos, classes = (None if tensor is None else tensor.cpu() for tensor in explainer.sample_batch())
+    photos, classes = explainer.sample_batch()
+    photos, classes = photos.cpu(), None if classes is None else classes.cpu()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with deterministic(device, enabled=plan.deterministic):

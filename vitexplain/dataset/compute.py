@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,9 +85,16 @@ class Pending:
         if self._done is not None:
             self._done.synchronize()
         parts = {name: tensor[: self._count] for name, tensor in self._outputs.items()}
-        by_label = {kind: _of_kind(parts, kind) for kind in ("maps", "scales", "finite")}
-        single = ("finite_logits", "prediction", "score", "target", "target_score")
-        return BatchResult(**by_label, **{name: parts[name] for name in single})
+        return BatchResult(
+            maps=_of_kind(parts, "maps"),
+            scales=_of_kind(parts, "scales"),
+            finite=_of_kind(parts, "finite"),
+            finite_logits=parts["finite_logits"],
+            prediction=parts["prediction"],
+            score=parts["score"],
+            target=parts["target"],
+            target_score=parts["target_score"],
+        )
 
 
 class BatchExplainer:
@@ -136,7 +144,8 @@ class BatchExplainer:
         )
         self._captured: CapturedCall | None = None
         self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._last: float | torch.cuda.Event | None = None
+        self._ended: float | None = None  # the last batch, on a CPU
+        self._last: torch.cuda.Event | None = None  # its end, on a GPU
         self._timed: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event | None]] = []
 
     # -- one batch -----------------------------------------------------------------------------------------------------
@@ -156,10 +165,10 @@ class BatchExplainer:
 
     def _submit_to_cpu(self, photos: Tensor, classes: Tensor | None, count: int) -> Pending:
         started = time.perf_counter()
-        self.idle += 0.0 if self._last is None else started - self._last
+        self.idle += 0.0 if self._ended is None else started - self._ended
         outputs = self._outputs(photos, classes)
-        self._last = time.perf_counter()
-        self.busy += self._last - started
+        self._ended = time.perf_counter()
+        self.busy += self._ended - started
         return Pending(outputs, count, None, None)
 
     def _submit(self, photos: Tensor, classes: Tensor | None, count: int) -> Pending:
@@ -176,7 +185,7 @@ class BatchExplainer:
             self._capture(photos, classes)
         started, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         started.record(main)
-        outputs = (self._captured if self.graphed else self._outputs)(photos, classes)
+        outputs = self._outputs(photos, classes) if self._captured is None else self._captured(photos, classes)
         outputs = {name: self._hand_out(name, tensor) for name, tensor in outputs.items()}
         done.record(main)
         self._timed.append((started, done, self._last))
@@ -216,6 +225,7 @@ class BatchExplainer:
         """All that is kept of a batch, as tensors on the device by name."""
         explanations = self.explain(photos, classes)
         first = next(iter(explanations.values()))
+        assert first.target is not None, "classes are explained, and no score"
         probabilities = first.logits.float().softmax(-1)
         score, prediction = probabilities.max(-1)
         columns = first.target if first.target.dim() == 2 else first.target.unsqueeze(1)
@@ -278,9 +288,10 @@ def deterministic(device: torch.device, *, enabled: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products
     before, only_warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # a module whose switch is a property, which torch does not annotate
+    filling = switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)  # only warned, attention would still take the faster algorithm
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    switches.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     except RuntimeError as error:
@@ -289,7 +300,7 @@ def deterministic(device: torch.device, *, enabled: bool) -> Iterator[None]:
         raise InputError(f"deterministic: {brief(error)}; expected deterministic=False (--no-deterministic) here") from error
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        switches.fill_uninitialized_memory = filling
 
 
 def _by_captum(methods: Mapping[str, Method]) -> bool:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,6 +110,7 @@ class Engine:
     def _classes(self, rows: range) -> Tensor | None:
         if self.plan.target != "label":
             return None
+        assert self.plan.source.labels is not None, "a source without labels has been refused"
         classes = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
         classes[: len(rows)] = torch.tensor(self.plan.source.labels[rows.start : rows.stop], device="cpu")
         return classes
@@ -189,7 +191,7 @@ class Engine:
             )
         ]
 
-    def _row(self, index: int, outcome: Outcome, found: tuple, finite: bool, odd: list[str]) -> Row:
+    def _row(self, index: int, outcome: Outcome, found: tuple[Any, ...], finite: bool, odd: list[str]) -> Row:
         source = self.plan.source
         label = None if source.labels is None else source.labels[index]
         row = Row(source.ids[index], source.path(index), label, None, None, None, None, index, OK, outcome.note)

@@ -250,18 +250,21 @@ def stream(
 
 def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
     with Engine(plan, batch, packed=False) as engine:
+
+        def on_device(values: Tensor) -> Tensor:
+            return values.to(engine.explainer.device, non_blocking=True)
+
         count = len(plan.source)
         for explained in engine.explained(range(start, min(start + batch, count)) for start in range(0, count, batch)):
             result, found = explained.result, engine.rows(explained)
-            place = {"device": engine.explainer.device, "non_blocking": True}
             yield ExplainedBatch(
                 ids=tuple(row.id for row in found),
                 rows=explained.rows,
                 maps=result.maps,
-                prediction=result.prediction.to(**place),
-                score=result.score.to(**place),
-                target=result.target.to(**place),
-                target_score=result.target_score.to(**place),
+                prediction=on_device(result.prediction),
+                score=on_device(result.score),
+                target=on_device(result.target),
+                target_score=on_device(result.target_score),
                 status=tuple(row.status for row in found),
                 reason=tuple(row.reason for row in found),
             )

@@ -15,8 +15,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ LEAST_SLOTS = 3  # one that the device reads, one whose results come back, one b
 _TRIES = 3  # of one photo by itself, before it is taken to be what ends the processes
 _STARTS = 3  # of processes that end before they begin, one after the other, before it is taken to be no accident
 _SHARED_MEMORY = Path("/dev/shm")
+T = TypeVar("T")
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -138,7 +141,7 @@ class Decoder:
             _end(self._pool)
             self._pool = None
         self._flights.clear()
-        if self._pinned:
+        if self._pinned and self._pinned_for is not None:
             _unpin(self._slots, self._pinned_for)
             self._pinned = False
 
@@ -164,7 +167,7 @@ class Decoder:
             outcomes = tuple(outcome for task in flight.tasks for outcome in task.outcomes or ())
             photos = self._slots[flight.slot]
             photos[len(flight.rows) :].zero_()
-            yield Decoded(flight.rows, photos, outcomes, lambda slot=flight.slot: self._free.append(slot))
+            yield Decoded(flight.rows, photos, outcomes, partial(self._free.append, flight.slot))
 
     def _read_ahead(self, remaining: Iterator[range]) -> None:
         while self._free:
@@ -244,7 +247,8 @@ class Decoder:
             try:
                 for position in range(len(outcomes), len(task.rows)):
                     rows = task.rows[position : position + 1]
-                    outcomes += _result(self._sent(pool, task.slot, task.offset + position, rows))
+                    decoded = _result(self._sent(pool, task.slot, task.offset + position, rows))
+                    outcomes += decoded
                     failed = 0
             except BrokenProcessPool:
                 failed += self._have_begun(started)
@@ -271,7 +275,7 @@ class Decoder:
         return self._failed_starts == 0
 
 
-def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future | None:
+def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Future[Any] | None:
     """None where the pool is broken, breaks just now, or what starts its processes was killed."""
     with _uninterrupted():  # Ctrl-C would leave a process that is half started, and that nobody knows of
         try:
@@ -283,11 +287,12 @@ def _submitted(pool: ProcessPoolExecutor, work: Callable[..., Any], *arguments: 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back until the end; Python gives it to the main thread alone."""
-    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    received: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    received: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
     try:
         yield
     finally:
@@ -296,13 +301,13 @@ def _uninterrupted() -> Iterator[None]:
         handler(*received[0])
 
 
-def _result(future: Future | None) -> Any:
+def _result(future: Future[T] | None) -> T:
     if future is None:
         raise BrokenProcessPool
     return future.result()
 
 
-def _is_done(future: Future | None) -> bool:
+def _is_done(future: Future[T] | None) -> TypeGuard[Future[T]]:
     return future is not None and future.done() and not future.cancelled() and future.exception() is None
 
 

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -60,6 +60,9 @@ def open_maps(output: str | Path) -> MapStore:
         InputError: there is no such store, or it is damaged.
     """
     return MapStore(output)
+
+
+Which = str | int | slice | Sequence[str | int] | np.ndarray | None
 
 
 class MapStore:
@@ -140,13 +143,13 @@ class MapStore:
 
     # -- maps --------------------------------------------------------------------------------------------------------
 
-    def maps(
-        self,
-        which: str | int | slice | Sequence[str | int] | np.ndarray | None = None,
-        method: str | None = None,
-        *,
-        as_torch: bool = False,
-    ) -> np.ndarray | Tensor:
+    @overload
+    def maps(self, which: Which = None, method: str | None = None, *, as_torch: Literal[False] = False) -> np.ndarray: ...
+    @overload
+    def maps(self, which: Which = None, method: str | None = None, *, as_torch: Literal[True]) -> Tensor: ...
+    @overload
+    def maps(self, which: Which = None, method: str | None = None, *, as_torch: bool) -> np.ndarray | Tensor: ...
+    def maps(self, which: Which = None, method: str | None = None, *, as_torch: bool = False) -> np.ndarray | Tensor:
         """Maps as the method made them, float32; NaN for images without (their ``status`` says why).
 
         Args:
@@ -467,7 +470,7 @@ class MapStore:
                 yield f"{str(path)!r} is not what was written: {changed}"
 
 
-class TorchMaps(Dataset):
+class TorchMaps(Dataset[dict[str, Any]]):
     """The images of a store that have maps. Worker processes open the files themselves.
 
     Args:

@@ -10,7 +10,7 @@ import pickle
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +122,7 @@ class _Done:
 
     shards: tuple[int, ...]
     work: Work
-    actor: str
+    actor: str | None
 
 
 class _Actor:
@@ -133,8 +133,7 @@ class _Actor:
 
     def __init__(self, parcel: Any, threads: int | None) -> None:
         self._parcel, self._threads = parcel, threads
-        self._engine: Engine | None = None
-        self._writer: StoreWriter | None = None
+        self._begun: tuple[Engine, StoreWriter] | None = None
         self._attempts = 0
         self._before = Work()
 
@@ -149,14 +148,13 @@ class _Actor:
     def _explain(self, shards: tuple[int, ...]) -> _Done:
         import ray
 
-        if self._engine is None:
-            self._begin()
-        mark = _begin_attempt(self._writer, shards, self._attempts)
-        explainer = self._engine.explainer
-        tally = sum((found for _, found in self._engine.write_shards(self._writer, shards)), Tally())
+        engine, writer = self._begun or self._begin()
+        mark = _begin_attempt(writer, shards, self._attempts)
+        explainer = engine.explainer
+        tally = sum((found for _, found in engine.write_shards(writer, shards)), Tally())
         mark.unlink(missing_ok=True)
         explainer.settle()
-        before, replaced = self._before, self._engine.decoder.replaced
+        before, replaced = self._before, engine.decoder.replaced
         self._before = Work(busy=explainer.busy, idle=explainer.idle, replaced_workers=replaced)
         work = Work(
             tally=tally,
@@ -168,24 +166,25 @@ class _Actor:
         )
         return _Done(shards, work, ray.get_runtime_context().get_actor_id())
 
-    def _begin(self) -> None:
+    def _begin(self) -> tuple[Engine, StoreWriter]:
         import ray
 
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         parcel: _Parcel = pickle.loads(ray.get(self._parcel))
-        self._writer = parcel.writer  # which knows what store it is for
         StoreWriter(parcel.writer.output, parcel.writer.layout)  # refuses a folder that is not shared
         _check_versions(parcel)
         model = replace(parcel.plan.model, model=parcel.plan.model.model.to(parcel.device))
         self._before, self._attempts = Work(), parcel.attempts
-        self._engine = Engine(replace(parcel.plan, model=model), parcel.batch).__enter__()
+        engine = Engine(replace(parcel.plan, model=model), parcel.batch).__enter__()
+        self._begun = engine, parcel.writer  # which knows what store it is for
+        return self._begun
 
     def _end(self) -> None:
         """Batches that were on their way when something failed are not to be mistaken for the next task's."""
-        if self._engine is not None:
-            self._engine.__exit__()
-            self._engine = None
+        if self._begun is not None:
+            self._begun[0].__exit__()
+            self._begun = None
 
 
 def _check_versions(parcel: _Parcel) -> None:
@@ -260,7 +259,7 @@ def _tasks(missing: Sequence[int], actors: int, most: int) -> list[tuple[int, ..
     return [tuple(missing[start : start + size]) for start in range(0, len(missing), size)]
 
 
-def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _Pool) -> Iterator[_Done]:
+def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _Pool) -> Generator[_Done]:
     """What the actors did, task by task as they are through with them; closing it stops them."""
     dataset = ray.data.from_items([pickle.dumps(task) for task in tasks], override_num_blocks=len(tasks))
     context = dataset.context
@@ -285,10 +284,10 @@ def _outcomes(ray: Any, parcel: bytes, tasks: Sequence[tuple[int, ...]], pool: _
             yield outcome
 
 
-def _collect(outcomes: Iterator[_Done], writer: StoreWriter, missing: Sequence[int], counter: Counter) -> Work:
+def _collect(outcomes: Generator[_Done], writer: StoreWriter, missing: Sequence[int], counter: Counter) -> Work:
     """Add up what the actors did, and see that it stands where this process sees it, too."""
     total, unseen = Work(), set(missing)
-    devices: dict[str, tuple[str, ...]] = {}
+    devices: dict[str | None, tuple[str, ...]] = {}
     with closing(outcomes):
         for done in outcomes:
             for number in done.shards:
@@ -344,7 +343,7 @@ def _connected(ray: Any, size: int) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    options = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    options: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
     if not address:
         options["object_store_memory"] = _STORE_BYTES + 2 * size
     with ExitStack() as stack:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..heatmap import blend, max_magnitude, min_max
-from ..loading import Display, load_photo, resized
+from ..loading import Display, resized
+from ..photos import load_photo
 from ..sources import Source, open_source
 from ..visualize import fitted, in_cell, panel, sheet
 from .maps import MapStore

@@ -49,26 +49,28 @@ class Ranks:
                 failure = error
                 said = [(None, _to_send(error))]
         dist.broadcast_object_list(said, src=0, group=self._group)
-        result, error = said[0]
-        if error is not None:
-            raise failure or error
+        result, told = said[0]
+        if told is not None:
+            raise failure or told
         return result
 
     def together(self, work: Callable[[], T]) -> T:
         """Have every process do something, and end all of them where one fails."""
         if self.size == 1:
             return work()
+        results: list[T] = []
+        failure: Exception | None = None
         try:
-            result, failure = work(), None
+            results.append(work())
         except Exception as error:
-            result, failure = None, error
+            failure = error
         failures = self.gather(None if failure is None else _to_send(failure))
         if failure is not None:
             raise failure
         others = next((error for error in failures if error is not None), None)
         if others is not None:
             raise others
-        return result
+        return results[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in each of them."""

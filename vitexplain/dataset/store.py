@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _LOCK = "_lock"
 _PART = re.compile(r"part-([0-9]{6,})\.parquet")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _LABEL_BYTES = 200  # of a folder's name; most file systems take 255
+_NOT_IN_NAMES = set('/\\<>:"|?*' if os.name == "nt" else "/\\")
 _INNER_BYTES = 128 * 1024
 _COMPRESSED = 0.8  # of the size of noise; maps are smaller
 _HELD: set[tuple[int, str]] = set()  # process and folder of the locks that are held
@@ -111,7 +113,7 @@ class Layout:
 
 def _can_name_a_folder(label: str) -> bool:
     """Also on other systems, and beside the folder's own ``zarr.json``."""
-    is_plain = label.isprintable() and not set(label) & set("/\\")
+    is_plain = label.isprintable() and not set(label) & _NOT_IN_NAMES
     is_free = bool(label) and not label.startswith((".", "__")) and label.casefold() != "zarr.json"
     return is_plain and is_free and len(label.encode("utf-8", "surrogatepass")) <= _LABEL_BYTES
 
@@ -361,7 +363,7 @@ def _take(descriptor: int) -> None:
     A POSIX record lock is not inherited by forked processes, which may outlive this one, and holds across machines on NFS;
     ``flock``, which most libraries use, does neither. Windows has neither of them nor forks.
     """
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)

@@ -104,4 +104,4 @@ def resident_mib() -> float | None:
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return None
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

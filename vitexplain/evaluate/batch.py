@@ -221,7 +221,8 @@ class RankedMaps:
             name = batch.ids[int((~finite).nonzero()[0])]
             raise InputError(f"map of {label!r} for image {name!r}: expected finite values, received NaN or infinity")
         # In double precision, so that what is equal on the grid stays equal and no rounding orders it by its place.
-        exact = upsample(maps.double(), tuple(batch.images.shape[-2:]))
+        height, width = batch.images.shape[-2:]
+        exact = upsample(maps.double(), (height, width))
         pixels = exact.to(accumulation_dtype(maps.dtype))
         shuffled = pixels.flatten(1).gather(1, batch.tie_order)
         order = batch.tie_order.gather(1, shuffled.argsort(dim=1, descending=True, stable=True))

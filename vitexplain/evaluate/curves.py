@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -89,11 +90,12 @@ def draw(group: CurveGroup, titles: dict[str, str], looks: dict[str, Stroke]) ->
         for i, curve in enumerate(group.curves)
     ]
     _dress(axes, group)
-    for y, text, style in (
-        (0.28, group.title, {"size": 12, "weight": "bold"}),
+    headings: tuple[tuple[float, str, dict[str, Any]], ...] = (
+        (0.28, group.title, {"size": 12, "weight": "bold", "color": _INK}),
         (0.52, group.subtitle, {"size": 9, "color": _FAINT}),
-    ):
-        figure.text(left / width, 1 - y / height, text, **{"color": _INK, "va": "center", "parse_math": False, **style})
+    )
+    for y, text, style in headings:
+        figure.text(left / width, 1 - y / height, text, va="center", parse_math=False, **style)
     _legend(figure, axes, lines, shown)
     return figure
 

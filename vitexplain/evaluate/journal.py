@@ -72,7 +72,8 @@ class Journal:
     def write(self, number: int, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
         """Keep a chunk: arrays, and what else there is to say of it."""
         content = BytesIO()
-        np.savez(content, __notes__=np.array(json.dumps(notes)), **arrays)
+        # numpy's annotation cannot tell a switch of its own from the arrays
+        np.savez(content, __notes__=np.array(json.dumps(notes)), **arrays)  # type: ignore[arg-type]
         write_whole(self._path(number), content.getvalue())
 
     def read(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -69,7 +69,8 @@ def quantus_explainer(method: str | Method = "tokentm", backend: str = "auto", *
         images = torch.as_tensor(inputs).to(parameter.device, parameter.dtype)
         classes = None if targets is None else torch.as_tensor(targets, dtype=torch.int64, device=parameter.device)
         explanation = Explainer(model, built[0], backend).attribute(images, classes)
-        return explanation.to_image(tuple(images.shape[-2:])).unsqueeze(1).float().cpu().numpy()
+        height, width = images.shape[-2:]
+        return explanation.to_image((height, width)).unsqueeze(1).float().cpu().numpy()
 
     return explain_func
 
@@ -296,8 +297,10 @@ def _area(metric: Any, curve: np.ndarray) -> float:
 
 
 def _one_by_one(metric: Any, call: Callable[..., Any], arrays: dict[str, np.ndarray | None]) -> np.ndarray:
+    images = arrays["x_batch"]
+    assert images is not None, "every metric is called with images"
     scores = []
-    for row in range(len(arrays["x_batch"])):
+    for row in range(len(images)):
         one = {key: None if array is None else array[row : row + 1] for key, array in arrays.items()}
         scores.append(_numbers(metric, call(**one)))
     return np.concatenate(scores)
@@ -312,6 +315,8 @@ class _HandedOver(nn.Module):
     It has the model's own children, parameters and buffers, under their own names, so that layers are found, randomised and
     copied as in the model itself; what is registered on the one is registered on the other, also in deep copies of the pair.
     """
+
+    inside: tuple[nn.Module]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -370,7 +375,11 @@ def _shift_all(shift: Callable[..., np.ndarray], arr: np.ndarray, **keywords: An
     return shift(arr=arr, **{**keywords, "indices": np.arange(arr.size)})
 
 
-_MENDED_PERTURBATIONS = {"ROAD": _impute_pixels, "IROF": _replace_in_all_channels, "InputInvariance": _shift_all}
+_MENDED_PERTURBATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "ROAD": _impute_pixels,
+    "IROF": _replace_in_all_channels,
+    "InputInvariance": _shift_all,
+}
 
 
 def _explaining(name: str, explain_func: ExplainFunction | None) -> ExplainFunction:

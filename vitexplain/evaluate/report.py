@@ -281,7 +281,7 @@ def _chart(group: CurveGroup, titles: Mapping[str, str], keys: Mapping[str, str]
     shares = np.array([share for curve in group.curves for share in curve.share])
     values = np.array([value for curve in group.curves for value in (*curve.low, *curve.high)])
     low, high = float(values.min()), float(values.max())
-    y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    y_ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     x_ticks = np.linspace(shares.min(), shares.max(), 6)
     left, bottom, right, top = _CHART_MARGIN
     x_axis = _Axis((x_ticks[0], x_ticks[-1]), (left, _CHART[0] - right))

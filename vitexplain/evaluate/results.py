@@ -127,12 +127,9 @@ class Results:
         content: Mapping[str, Any] = json.loads(text)
         return cls(
             methods={label: MethodEntry(**entry) for label, entry in content["methods"].items()},
-            columns=tuple(Column(**{**c, "contenders": tuple(c["contenders"])}) for c in content["columns"]),
-            figures=tuple(Figure(**f) for f in content["figures"]),
-            curves=tuple(
-                Curve(**{name: tuple(value) if isinstance(value, list) else value for name, value in c.items()})
-                for c in content["curves"]
-            ),
+            columns=tuple(Column(**_with_tuples(column)) for column in content["columns"]),
+            figures=tuple(Figure(**figure) for figure in content["figures"]),
+            curves=tuple(Curve(**_with_tuples(curve)) for curve in content["curves"]),
             settings=content["settings"],
             environment=content["environment"],
             left_out=tuple(content["left_out"]),
@@ -143,6 +140,11 @@ class Results:
     def read(cls, path: str | Path) -> Results:
         """From a ``results.json``."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists alone."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
 
 
 @dataclass(frozen=True)

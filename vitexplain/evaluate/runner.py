@@ -21,7 +21,7 @@ from ..explainer import Explainer
 from ..loading import LoadedModel, Preprocess, dtype_name, dtype_named, in_dtype, weights_hash
 from ..methods import CaptumMethod, Method, MethodChoice, methods_from_texts
 from ..models import read_anatomy
-from ..sources import Source
+from ..sources import Sample, Source
 from .batch import Batch, Classifier, RankedMaps
 from .controls import CONTROLS, control_maps
 from .journal import Journal
@@ -57,6 +57,15 @@ class _Loaded:
     labels: Tensor | None
     masks: Tensor | None
     left_out: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _Others:
+    """The images of a batch whose label is not predicted: their rows (m,), themselves, and their labels (m,)."""
+
+    rows: Tensor
+    batch: Batch
+    labels: Tensor
 
 
 class Evaluation:
@@ -272,7 +281,7 @@ class Evaluation:
             images=torch.stack([self.preprocess.image(sample.photo) for sample in samples]),
             ids=tuple(sample.id for sample in samples),
             labels=torch.tensor([sample.label for sample in samples]) if self.source.has_labels else None,
-            masks=torch.stack([self.preprocess.mask(sample.mask) for sample in samples]) if self.needs_masks else None,
+            masks=torch.stack([self.preprocess.mask(_mask(sample)) for sample in samples]) if self.needs_masks else None,
             left_out=tuple(left_out),
         )
 
@@ -281,23 +290,21 @@ class Evaluation:
         if loaded.images is None:
             return {}, {"left_out": loaded.left_out, "seconds": {}, "forwarded": 0}
         started = time.perf_counter()
-        batch = self._batch(loaded)
+        batch = self._batch(loaded.images, loaded)
         before = self.classifier.num_forwarded
-        targets = {"pred": batch.predicted} | ({} if batch.labels is None else {"gt": batch.labels})
-        differing = (targets["gt"] != targets["pred"]).nonzero().squeeze(1) if "gt" in self.explained else None
-        others = batch.take(differing) if differing is not None and len(differing) else None
+        others = self._others(batch)
         maps = self._maps(batch, batch.predicted)
-        other_maps = None if others is None else self._maps(others, others.labels)
+        other_maps = {} if others is None else self._maps(others.batch, others.labels)
         if batch.images.is_cuda:
             torch.cuda.synchronize(batch.images.device)
         seconds = {"explaining": time.perf_counter() - started}
         arrays = self._about(batch, maps)
         ranked_maps = self._ranked(maps, batch)
-        other_ranked_maps = repeat(None) if others is None else self._ranked(other_maps, others)
+        other_ranked_maps = repeat(None) if others is None else self._ranked(other_maps, others.batch)
         for (label, row), ranked, other_ranked in zip(self.rows.items(), ranked_maps, other_ranked_maps):  # noqa: B905
             for protocol in row.protocols:
                 begun = time.perf_counter()
-                found = self._measure(protocol, batch, ranked, others, other_ranked, differing)
+                found = self._measure(protocol, batch, ranked, others, other_ranked)
                 seconds[protocol] = seconds.get(protocol, 0.0) + time.perf_counter() - begun
                 for (kind, name), values in found.items():
                     arrays[BETWEEN.join((label, protocol, kind, name))] = values
@@ -320,13 +327,21 @@ class Evaluation:
             arrays["labels"] = batch.labels.cpu().numpy()
         return arrays | {f"map{BETWEEN}{label}": _thumbnail(values, self.grid) for label, values in maps.items()}
 
-    def _batch(self, loaded: _Loaded) -> Batch:
+    def _batch(self, images: Tensor, loaded: _Loaded) -> Batch:
         place = self.classifier.device
-        images = loaded.images.to(place, torch.float32)
+        images = images.to(place, torch.float32)
         labels, masks = (None if tensor is None else tensor.to(place) for tensor in (loaded.labels, loaded.masks))
         clean = self.classifier.log_probabilities(images).clone()
         self.classifier.check_finite()
         return Batch(images, loaded.ids, labels, masks, clean, self.classifier, self.seed)
+
+    def _others(self, batch: Batch) -> _Others | None:
+        """The images whose label is explained and not predicted, if any."""
+        if "gt" not in self.explained:
+            return None
+        assert batch.labels is not None, "labels are explained where there are some"
+        rows = (batch.labels != batch.predicted).nonzero().squeeze(1)
+        return _Others(rows, batch.take(rows), batch.labels[rows]) if len(rows) else None
 
     def _maps(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
         """(B, gh, gw) of every method and control, by label; all methods share forward and backward."""
@@ -352,18 +367,18 @@ class Evaluation:
         protocol: str,
         batch: Batch,
         ranked: RankedMaps,
-        others: Batch | None,
+        others: _Others | None,
         other_ranked: RankedMaps | None,
-        differing: Tensor | None,
     ) -> dict[tuple[str, str], np.ndarray]:
         """By (explained class, name): an image whose label is predicted is measured once for both."""
         raw = _to_numpy(self.protocols[protocol].measure(batch, ranked, batch.predicted))
         found = {("pred", name): values for name, values in raw.items()} if "pred" in self.explained else {}
         if "gt" in self.explained:
             true = {name: values.copy() for name, values in raw.items()}
-            if others is not None:
-                rows = differing.cpu().numpy()
-                for name, values in _to_numpy(self.protocols[protocol].measure(others, other_ranked, others.labels)).items():
+            if others is not None and other_ranked is not None:
+                rows = others.rows.cpu().numpy()
+                measured = self.protocols[protocol].measure(others.batch, other_ranked, others.labels)
+                for name, values in _to_numpy(measured).items():
                     true[name][rows] = values
             found |= {("gt", name): values for name, values in true.items()}
         return found
@@ -373,7 +388,9 @@ class Evaluation:
     def summary(self) -> Results:
         """Figures of everything that was measured."""
         raw: dict[tuple[str, str, str], dict[str, list[np.ndarray]]] = {}
-        left_out, seconds, forwarded = [], {}, 0
+        left_out: list[dict[str, str]] = []
+        seconds: dict[str, float] = {}
+        forwarded = 0
         for number in range(self.num_chunks):
             arrays, notes = self.journal.read(number)
             left_out += notes["left_out"]
@@ -383,7 +400,8 @@ class Evaluation:
             for key, values in arrays.items():
                 parts = key.split(BETWEEN)
                 if len(parts) == 4:
-                    raw.setdefault(tuple(parts[:3]), {}).setdefault(parts[3], []).append(values)
+                    label, protocol, kind, name = parts
+                    raw.setdefault((label, protocol, kind), {}).setdefault(name, []).append(values)
         if not raw:
             raise InputError(f"source: none of the {len(self.source)} images of {self.source.name!r} could be read")
         joined: dict[tuple[str, str, str], Raw] = {
@@ -413,6 +431,11 @@ class Evaluation:
 
 def _entry(method: Method, kind: str) -> MethodEntry:
     return MethodEntry(method.title, kind, asdict(method))
+
+
+def _mask(sample: Sample) -> np.ndarray:
+    assert sample.mask is not None, "read with masks"
+    return sample.mask
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -89,7 +89,8 @@ class _Gathered:
     def columns(self, protocol: str, explained: str) -> Iterator[Column]:
         for metric in self.metrics:
             found = self._found(metric)
-            values, resampled = ({method: pair[i] for method, pair in found.items()} for i in (0, 1))
+            values = {method: value for method, (value, _) in found.items()}
+            resampled = {method: means for method, (_, means) in found.items()}
             winner, contenders = standing(values, resampled, metric.better, self.count)
             yield Column(protocol, metric.name, explained, metric.better, metric.unit, winner, contenders)
 

@@ -381,7 +381,7 @@ def _compared(prior: Figure, better: str, figures: Sequence[tuple[str, Figure | 
 def number_styles(layout: Layout) -> list[str]:
     """For each column the format of its numbers: a percentage to one decimal, others to what their size makes sensible."""
     return [
-        _number_style(column.unit, [abs(row.figures[index].mean) for row in layout.rows if row.figures[index]])
+        _number_style(column.unit, [abs(figure.mean) for row in layout.rows if (figure := row.figures[index]) is not None])
         for index, column in enumerate(layout.columns)
     ]
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InputError, unknown_name
 from ..options import Option, from_text
 from .attcat import AttCAT
-from .base import Method
+from .base import ChainMethod, Method
 from .captum_methods import CaptumMethod, InputXGradient, IntegratedGradients, SmoothGrad
 from .cdam import CDAM
 from .conservative_lrp import ConservativeLRP
@@ -56,6 +56,7 @@ __all__ = [
     "REGISTRY",
     "AttCAT",
     "CaptumMethod",
+    "ChainMethod",
     "ConservativeLRP",
     "GradCAM",
     "InputXGradient",
@@ -68,6 +69,7 @@ __all__ = [
     "PartialLRP",
     "RawAttention",
     "Rollout",
+    "SeveralMethods",
     "SmoothGrad",
     "TokenTM",
     "TransformerAttribution",
@@ -107,7 +109,8 @@ def own_methods() -> list[str]:
     return [name for name, kind in REGISTRY.items() if not issubclass(kind, CaptumMethod)]
 
 
-MethodChoice = str | Method | Iterable[str | Method] | Mapping[str, str | Method]
+SeveralMethods = Iterable[str | Method] | Mapping[str, str | Method]
+MethodChoice = str | Method | SeveralMethods
 
 
 def build_methods(method: MethodChoice, options: Mapping[str, Any]) -> dict[str, Method]:

@@ -40,8 +40,6 @@ class Method(HasOptions):
         uses_attention_input_gradient: needs the gradient of what the last block's attention is called with.
         uses_reads: needs the rows that the head reads of each block.
         reads_head_rows: of the last block's attention it reads the rows alone that the head reads, so that others need not be.
-        uses_branches: observes y and f, so that residual branches must be readable apart.
-        observes: ``observe`` computes something while a block runs.
         is_chain: the map is one row of a product of update maps, so that all rows can be asked for.
         rules: the table of ``rules.TABLES`` under which relevance is sent back; None for methods without a relevance pass.
         to_inputs: relevance is sent below block 0, and the map is what arrives there.
@@ -57,12 +55,20 @@ class Method(HasOptions):
     uses_attention_input_gradient: ClassVar[bool] = False
     uses_reads: ClassVar[bool] = False
     reads_head_rows: ClassVar[bool] = False
-    uses_branches: ClassVar[bool] = False
-    observes: ClassVar[bool] = False
     is_chain: ClassVar[bool] = False
     rules: ClassVar[str | None] = None
     to_inputs: ClassVar[bool] = False
     resolution: ClassVar[str] = "tokens"
+
+    @property
+    def uses_branches(self) -> bool:
+        """Whether it observes y and f, so that residual branches must be readable apart."""
+        return False
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``observe`` computes something while a block runs."""
+        return False
 
     @property
     def explained_score(self) -> str:
@@ -117,11 +123,11 @@ class Method(HasOptions):
         return state
 
     def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:  # noqa: ARG002
-        """State after the gradient of a block's input is known, where ``uses_input_gradient``."""
+        """State after the gradient of a block's input is known, where ``uses_input_gradient``; both tensors (B, n, d)."""
         return state
 
     def attention_input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:  # noqa: ARG002
-        """The same of what the last block's attention is called with, where ``uses_attention_input_gradient``."""
+        """The same of what the last block's attention is called with, where ``uses_attention_input_gradient``; (B, n, d)."""
         return state
 
     def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any:  # noqa: ARG002

@@ -31,6 +31,7 @@ class GradCAM(Method):
         return num_blocks - 1
 
     def step(self, state: Rows, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Rows:
+        assert grad_out is not None, "given to methods that use the gradient"
         m, dtype = state.support, state.values.dtype
         row_gradient = (state.values[:, :, :m].unsqueeze(1) @ grad_out[:, :, :m].to(dtype)).squeeze(2)  # (B, H, dv)
         mean_value = block.value[:, :, trace.anatomy.num_prefix_tokens :].mean(2, dtype=dtype)  # (B, H, dv)

@@ -65,23 +65,24 @@ class TokenTM(ChainMethod):
         return self.start_block if self.aggregate else num_blocks - 1
 
     def observe(self, block: BlockTrace) -> _Weights:
-        norms = (
-            torch.linalg.vector_norm(block.tokens, dim=-1, dtype=accumulation_dtype(block.tokens.dtype))
-            if block.index == 0
-            else None
-        )
+        tokens, mid_tokens, mlp_out = block.tokens, block.mid_tokens, block.mlp_out
+        assert tokens is not None, "there while observers run"
+        assert mid_tokens is not None, "there while observers run"
+        assert mlp_out is not None, "there while observers run"
+        norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=accumulation_dtype(tokens.dtype)) if block.index == 0 else None
         if block.index < self.start_block or not (self.aggregate or block.is_last):
             return _Weights(norms, None, None)
-        weight = block.anatomy.branches.output_weight().to(block.value.dtype)
-        attention = self._weights(attention_token_transformation, block, block.tokens.to(block.value.dtype), block.value, weight)
+        value = block.value
+        weight = block.branches.output_weight().to(value.dtype)
+        attention = self._weights(attention_token_transformation, block, tokens.to(value.dtype), value, weight)
         if not self.aggregate:
             return _Weights(norms, attention, None)
-        mlp = self._weights(token_transformation, block, block.mid_tokens, block.mlp_out.to(block.mid_tokens.dtype))
+        mlp = self._weights(token_transformation, block, mid_tokens, mlp_out.to(mid_tokens.dtype))
         return _Weights(norms, attention, mlp)
 
     def _weights(self, operation: Callable[..., Tensor], block: BlockTrace, *tensors: Tensor) -> Tensor:
         """Norm ratio × NECC, (B, H, n) or (B, n); padding takes no part in the NECC."""
-        num_tokens = block.tokens.shape[1]
+        num_tokens = tensors[0].shape[1]
         scale = float(num_tokens) if self.necc_scale == "n" else 1.0
         weights = operation(*tensors, length=self.length, necc=self.necc, necc_scale=scale, backend=block.backend)
         if block.valid_tokens is None:

@@ -46,8 +46,9 @@ _REASONS = {
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``."""
-    if hasattr(model, "_orig_mod"):
-        return unwrap(model._orig_mod)
+    inner = getattr(model, "_orig_mod", None)
+    if inner is not None:
+        return unwrap(inner)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrap(model.module)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ _REFUSED_POOLING = {
 }
 
 
-def read_model(model: nn.Module, family: str, blocks: tuple[BlockAnatomy, ...], *, num_class_tokens: int = 1) -> Anatomy:
+def read_model(model: Any, family: str, blocks: tuple[BlockAnatomy, ...], *, num_class_tokens: int = 1) -> Anatomy:
     """Anatomy of a timm model with ``patch_embed``, ``blocks``, ``norm``, ``forward_head``, ``global_pool`` and ``head``.
 
     Raises:
@@ -48,14 +49,14 @@ def read_model(model: nn.Module, family: str, blocks: tuple[BlockAnatomy, ...], 
     )
 
 
-def pools_prefix(model: nn.Module) -> bool:
+def pools_prefix(model: Any) -> bool:
     """Whether the pooling over patches takes prefix tokens in as well."""
     if getattr(model, "attn_pool", None) is not None and not hasattr(model, "pool_include_prefix"):
         return True  # Eva hands all its tokens to the attention pool
     return bool(getattr(model, "pool_include_prefix", False))
 
 
-def _image_size_check(model: nn.Module) -> Callable[[int, int, int], None]:
+def _image_size_check(model: Any) -> Callable[[int, int, int], None]:
     embed = model.patch_embed
     in_chans = getattr(model, "in_chans", None) or next(m for m in embed.modules() if isinstance(m, nn.Conv2d)).in_channels
 
@@ -105,7 +106,7 @@ def _layer_scale(block: nn.Module, number: int) -> Tensor | None:
     return factor if factor is not None else getattr(block, f"gamma_{number}", None)
 
 
-def _branches(block: nn.Module) -> ResidualBranches:
+def _branches(block: Any) -> ResidualBranches:
     def output_weight() -> Tensor:
         scale = _layer_scale(block, 1)
         weight = block.attn.proj.weight

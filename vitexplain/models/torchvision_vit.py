@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..errors import InputError, UnsupportedModelError
@@ -17,7 +19,7 @@ def reads(model: nn.Module) -> bool:
     )
 
 
-def read(model: nn.Module) -> Anatomy:
+def read(model: Any) -> Anatomy:
     """Anatomy of a torchvision VisionTransformer; raises ``UnsupportedModelError`` with the reason where it has none."""
     last = next((m for m in reversed(list(model.heads.modules())) if isinstance(m, nn.Linear)), None)
     if last is None:
@@ -39,7 +41,7 @@ def read(model: nn.Module) -> Anatomy:
     )
 
 
-def _read_block(block: nn.Module) -> BlockAnatomy:
+def _read_block(block: Any) -> BlockAnatomy:
     def mlp(tokens: Tensor) -> Tensor:
         return block.mlp(block.ln_2(tokens))
 

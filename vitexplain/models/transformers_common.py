@@ -62,19 +62,20 @@ def pre_norm_block(block: nn.Module) -> BlockAnatomy:
     mlp_scale_module = optional_part(block, "layer_scale2")
     mlp_scale = optional_part(block, "lambda_2")
     mlp = optional_part(block, "mlp")
-    hidden, out = (None, None) if mlp is not None else (part(block, "intermediate"), part(block, "output.dense"))
+    layers = [mlp] if mlp is not None else [part(block, "intermediate"), part(block, "output.dense")]
 
     def output_weight() -> Tensor:
         return projection.weight if attention_scale is None else projection.weight * attention_scale.unsqueeze(-1)
 
     def branch(tokens: Tensor) -> Tensor:
-        values = mlp(norm(tokens)) if mlp is not None else out(hidden(norm(tokens)))
+        values = norm(tokens)
+        for layer in layers:
+            values = layer(values)
         if mlp_scale_module is not None:
             return mlp_scale_module(values)
         return values if mlp_scale is None else values * mlp_scale
 
-    mlp_output = mlp_scale_module or mlp or out
-    branches = ResidualBranches(output_weight, branch, norm, mlp_output, lambda: mlp_scale)
+    branches = ResidualBranches(output_weight, branch, norm, mlp_scale_module or layers[-1], lambda: mlp_scale)
     return BlockAnatomy(
         block,
         attention=part(block, "attention", "self_attn"),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..loading import Photo
+from ..photos import Photo
 
 
 @dataclass(frozen=True)

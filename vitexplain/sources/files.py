@@ -11,8 +11,8 @@ import numpy as np
 from PIL import features
 
 from ..errors import InputError
-from ..loading import Photo, read_photo
 from ..messages import brief
+from ..photos import Photo, read_photo
 from .ids import printable
 from .masks import decode_mask
 
@@ -84,7 +84,8 @@ def visible_files(path: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise InputError(f"data: cannot read {str(error.filename)!r}: {brief(error)}") from error
 
-    above = {os.fspath(path): (_identity(path),)}  # by folder that is still to be walked: itself and those that it lies in
+    # by folder that is still to be walked: itself and those that it lies in
+    above: dict[str, tuple[tuple[int, int], ...]] = {os.fspath(path): (_identity(path),)}
     for root, folders, files in os.walk(path, followlinks=True, onerror=refuse):
         chain = above.pop(root)
         found = {folder: _identity(os.path.join(root, folder)) for folder in folders if not folder.startswith(".")}

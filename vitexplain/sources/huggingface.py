@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..loading import Photo, decode_photo
 from ..messages import brief, quiet, some
+from ..photos import Photo, decode_photo
 from .base import Content, not_installed
 from .columns import as_labels, whole_column
 from .files import plain_path, stamp

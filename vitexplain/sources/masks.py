@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from ..loading import decode_image, upright
+from ..photos import decode_image, upright
 
 
 def decode_mask(file: Path | BinaryIO, name: str) -> np.ndarray:

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..loading import Photo, check_sides, decode_photo
 from ..messages import brief, some
+from ..photos import Photo, check_sides, decode_photo
 from .base import Content
 from .columns import as_labels, whole_column
 from .ids import given_ids, made_unique, numbered

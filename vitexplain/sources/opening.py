@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..loading import LoadedModel, check_file
+from ..files import check_file
+from ..loading import LoadedModel
 from ..messages import some
 from .base import Content, Source, parse_slice
 from .files import plain_path
@@ -66,7 +67,7 @@ def open_source(
         name, content.kind, location, content.split, None, content.ids, class_indices(content, classes, name),
         content.reader, range(len(content.ids)),
     )  # fmt: skip
-    if chosen is not None:
+    if images is not None and chosen is not None:
         source = replace(source.select(chosen), images="".join(images.split()))
     missing = source.missing()
     if missing:

@@ -89,5 +89,8 @@ def _texts(values: Sequence[Any], column: str, table: Path) -> tuple[str, ...]:
 
 def _relative(photo: str, folder: str) -> str:
     """A path as an id: from the table's folder, with ``/`` on every system."""
-    relative = os.path.relpath(os.path.join(folder, photo), folder).replace(os.sep, "/")
+    try:
+        relative = os.path.relpath(os.path.join(folder, photo), folder).replace(os.sep, "/")
+    except ValueError:  # on another drive of Windows
+        return photo.replace(os.sep, "/")
     return photo if relative == photo else relative  # one object instead of two that are equal

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..errors import InputError
-from ..loading import Photo, check_file, decode_photo
+from ..files import check_file
 from ..messages import brief, some
+from ..photos import Photo, decode_photo
 from .base import Content
 from .columns import as_labels
 from .files import IMAGE_SUFFIXES, stamp
@@ -347,7 +348,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as shard:
                 while (member := shard.next()) is not None:
-                    shard.members.clear()  # it would keep them all
+                    shard.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out; it would keep them all
                     yield _checked(member)
                 _check_end(file, shard.offset)
     except InputError:

@@ -138,6 +138,7 @@ class DenseReference:
         if self.structure.pooling is not None:
             weights = self.structure.pooling(self.model, n).to(self.logits)
             return weights.expand(batch, n)
+        assert self.pool_attention is not None, "a structure without pooling has an attention pool"
         read = self.pool_attention.maps.mean((1, 2)).detach()
         return F.pad(read, (n - read.shape[1], 0))
 
@@ -292,8 +293,9 @@ class DenseReference:
             "probability": probabilities,
             "uniform": [torch.ones_like(value) for value in probabilities],
         }[relevance]
-        total = sum(shares)
-        return sum((share / total)[:, None] * m / m.max(-1, keepdim=True).values for share, m in zip(shares, maps, strict=True))
+        total = torch.stack(shares).sum(0)
+        weighed = [(share / total)[:, None] * m / m.max(-1, keepdim=True).values for share, m in zip(shares, maps, strict=True)]
+        return torch.stack(weighed).sum(0)
 
     def _cdam(self, scalar: Scalar) -> Tensor:
         tokens = self.attention_inputs[-1]
@@ -304,7 +306,8 @@ class DenseReference:
 
     def _relevance(self, scalar: Scalar, source: str, *, shared: bool) -> tuple[Tape, Relevance]:
         """A forward on a tape, and relevance sent back over it from the outputs to the images or to block 0's input."""
-        tape, first = Tape(keep_calls=True), []
+        tape = Tape(keep_calls=True)
+        first: list[Tensor] = []
         handle = _on_input(self.blocks[0], first)
         images = self.images.detach() if isinstance(self.images, Tensor) else self.images
         try:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 _TIMM = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
-_VISION = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8)
+_VISION: dict[str, Any] = dict(
+    hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8
+)  # fmt: skip
 _BEIT = {**_VISION, "layer_scale_init_value": 0.3, "use_relative_position_bias": True}
-_LABELS = dict(num_labels=7)
+_LABELS: dict[str, Any] = dict(num_labels=7)
 _TEXT = dict(
     vocab_size=50, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_position_embeddings=32,
     num_labels=3,

@@ -41,6 +41,9 @@ class Structure:
     prefix: Callable[[Any], int] = lambda model: 1  # noqa: ARG005
 
 
+Reads = Callable[[Any], Structure]
+
+
 def structure_of(model: Any) -> Structure:
     """The structure of a model of a known class; raises ``NotImplementedError`` for others."""
     for kind in type(model).__mro__:
@@ -104,7 +107,9 @@ def _torchvision(model: Any) -> Structure:  # noqa: ARG001
     )
 
 
-def _transformers_image(encoder: str, head: Callable[[Any, Any, Tensor], Tensor], prefix: int, pooling: Any, **more: Any):
+def _transformers_image(
+    encoder: str, head: Callable[[Any, Any, Tensor], Tensor], prefix: int, pooling: Any, **more: Any
+) -> Reads:
     def build(model: Any) -> Structure:
         registers = getattr(model.config, "num_register_tokens", 0)
         return Structure(
@@ -144,7 +149,7 @@ def _transformers_scale(block: Any) -> Tensor | None:
     return getattr(block, "lambda_1", None)
 
 
-def _transformers_text(encoder: str, head: Callable[[Any, Tensor], Tensor]):
+def _transformers_text(encoder: str, head: Callable[[Any, Tensor], Tensor]) -> Reads:
     def build(model: Any) -> Structure:  # noqa: ARG001
         return Structure(
             run=lambda model, inputs: model(**inputs).logits,
@@ -177,7 +182,7 @@ def _teacher_head(model: Any, encoder: Any, tokens: Tensor) -> Tensor:
     return 0.5 * model.cls_classifier(first) + 0.5 * model.distillation_classifier(second)
 
 
-_STRUCTURES: dict[tuple[str, str], Callable[[Any], Structure]] = {
+_STRUCTURES: dict[tuple[str, str], Reads] = {
     ("timm", "VisionTransformer"): _timm,
     ("timm", "VisionTransformerDistilled"): _timm,
     ("timm", "VisionTransformerRelPos"): _timm,

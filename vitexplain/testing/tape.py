@@ -6,7 +6,7 @@ functions that were called are kept, so that relevance can be sent back through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,13 @@ class Tape(TorchFunctionMode):
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             with self:
@@ -74,7 +80,15 @@ class Tape(TorchFunctionMode):
         return out
 
     def attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """softmax((q kᵀ + mask / scale) · scale) v: so written, a bias shares relevance with the unscaled scores."""
         assert not any((dropout_p, is_causal, enable_gqa))
@@ -92,7 +106,16 @@ class Tape(TorchFunctionMode):
         return maps @ value
 
     def multi_head(
-        self, query, key, value, width, num_heads, in_weight, in_bias, *rest: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        width: int,
+        num_heads: int,
+        in_weight: Tensor,
+        in_bias: Tensor,
+        *rest: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """``nn.MultiheadAttention`` of (n, B, d), packed weights, no masks."""
         out_weight, out_bias = rest[4], rest[5]
@@ -103,7 +126,8 @@ class Tape(TorchFunctionMode):
             rows = slice(number * width, (number + 1) * width)
             part = F.linear(tokens, in_weight[rows], in_bias[rows])  # (n, B, d)
             parts.append(part.reshape(part.shape[0], part.shape[1], num_heads, -1).permute(1, 2, 0, 3))
-        out = self.attention(*parts).permute(2, 0, 1, 3).flatten(2)
+        queries, keys, values = parts
+        out = self.attention(queries, keys, values).permute(2, 0, 1, 3).flatten(2)
         return F.linear(out, out_weight, out_bias), None
 
 
@@ -139,13 +163,13 @@ class Relevance:
         self.relevance = {id(tensor): relevance}
         for call in reversed(self.calls):
             outs = [value for value in tree_leaves(call.out) if isinstance(value, Tensor)]
-            arrived = [self.relevance.get(id(value)) for value in outs]
+            found = [self.relevance.get(id(value)) for value in outs]
             carrying = [value for value in tree_leaves((call.args, call.kwargs)) if id(value) in self.carriers]
-            if not carrying or all(value is None for value in arrived):
+            if not carrying or all(value is None for value in found):
                 continue
             if any(out is value for out in outs for value in carrying):
                 continue  # a call that returned its own input
-            arrived = [torch.zeros_like(out) if value is None else value for out, value in zip(outs, arrived, strict=True)]
+            arrived = [torch.zeros_like(out) if value is None else value for out, value in zip(outs, found, strict=True)]
             for value, share in zip(carrying, self._shares(call, carrying, outs, arrived), strict=True):
                 self.relevance[id(value)] = self.of(value) + share
 
@@ -171,9 +195,9 @@ class Relevance:
     def _linear(self, tokens: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
         total = torch.zeros_like(tokens)
         parts = [(tokens.clamp(min=0), weight.clamp(min=0)), (tokens.clamp(max=0), weight.clamp(max=0))]
-        sums = [part @ w.T for part, w in parts]
-        for (part, w), own in zip(parts, sums, strict=True):
-            total = total + part * (_over(relevance, sum(sums) if self.shared else own) @ w)
+        positive, negative = (part @ w.T for part, w in parts)
+        for (part, w), own in zip(parts, (positive, negative), strict=True):
+            total = total + part * (_over(relevance, positive + negative if self.shared else own) @ w)
         return total
 
     def _sum(self, call: Call, out: Tensor, relevance: Tensor) -> list[Tensor]:
@@ -205,7 +229,9 @@ class Relevance:
         terms = [(image, weight), (-low.expand_as(image), weight.clamp(min=0)), (-high.expand_as(image), weight.clamp(max=0))]
         with torch.enable_grad():
             inputs = [value.clone().requires_grad_() for value, _ in terms]
-            z = sum(F.conv2d(value, w, **options) for value, (_, w) in zip(inputs, terms, strict=True)) + 1e-9
+            products = (F.conv2d(value, w, **options) for value, (_, w) in zip(inputs, terms, strict=True))
+            at_pixels, at_low, at_high = products
+            z = at_pixels + at_low + at_high + 1e-9
             gradients = torch.autograd.grad(z, inputs, relevance / z.detach())
         for value, gradient in zip(inputs, gradients, strict=True):
             total = total + value.detach() * gradient

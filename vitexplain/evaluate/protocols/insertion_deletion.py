@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from ...errors import InputError
 from ...options import option
 from ..batch import SUBSTRATES, Batch, RankedMaps
-from .base import CurveOf, Metric, Protocol, area, counts_at, of_class, spans_first
+from .base import CurveOf, Metric, Protocol, Raw, area, counts_at, of_class, spans_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +47,22 @@ class InsertionDeletion(Protocol):
             "deletion": of_class(batch.probe(maps.ranks, spans_first(counts), self.deletion_substrate), target).exp(),
         }
 
+    def _area(self, name: str, raw: Raw) -> np.ndarray:
+        return area(raw[name], self.levels)
+
     def metrics(self, explained: str, *, labels: bool) -> tuple[Metric, ...]:  # noqa: ARG002
         return tuple(
-            Metric(name, better, "%", lambda raw, key=name: area(raw[key], self.levels))
+            Metric(name, better, "%", partial(self._area, name))
             for name, better in (("insertion", "higher"), ("deletion", "lower"))
         )
 
     def curves(self, explained: str, *, labels: bool) -> tuple[CurveOf, ...]:  # noqa: ARG002
         share = tuple(map(float, self.levels))
         return tuple(
-            CurveOf(name, "probability of the explained class, %", share, lambda raw, key=name: 100 * raw[key].astype(np.float64))
+            CurveOf(name, "probability of the explained class, %", share, partial(_percent, name))
             for name in ("insertion", "deletion")
         )
+
+
+def _percent(name: str, raw: Raw) -> np.ndarray:
+    return 100 * raw[name].astype(np.float64)

@@ -37,6 +37,7 @@ class Localisation(Protocol):
         return True
 
     def measure(self, batch: Batch, maps: RankedMaps, target: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        assert batch.masks is not None, "data without masks have been refused"
         scaled, masks = min_max(maps.pixels.double()), batch.masks  # in less, values of different pixels fall together
         level = scaled.mean((1, 2), keepdim=True) if self.threshold == "mean" else 0.5
         found = scaled > level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -52,8 +53,7 @@ class Perturbation(Protocol):
         if labels:
             for name, better in (("positive", "lower"), ("negative", "higher")):
                 found += [
-                    Metric(name + suffix, better, "%", lambda raw, key=name, at=levels: area(self._at(raw[key], at), at))
-                    for suffix, levels in self._shown()
+                    Metric(name + suffix, better, "%", partial(self._area, name, levels)) for suffix, levels in self._shown()
                 ]
         if explained == "pred":  # y is the predicted class in both
             found += [Metric("AOPC", "higher", "", self._aopc), Metric("LOdds", "lower", "", self._log_odds)]
@@ -62,6 +62,9 @@ class Perturbation(Protocol):
     def _shown(self) -> list[tuple[str, tuple[int, ...]]]:
         named = {"vtranm": [("", VTRANM)], "chefer": [("", CHEFER)], "both": [("", VTRANM), (" (10 % steps to 90 %)", CHEFER)]}
         return named[self.convention]
+
+    def _area(self, name: str, levels: tuple[int, ...], raw: Raw) -> np.ndarray:
+        return area(self._at(raw[name], levels), levels)
 
     def _at(self, values: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
         return values[:, [self.levels.index(level) for level in levels]]
@@ -80,11 +83,13 @@ class Perturbation(Protocol):
         share = tuple(map(float, self.levels))
         found = []
         if labels:
-            found += [
-                CurveOf(name, "accuracy, %", share, lambda raw, key=name: 100.0 * raw[key]) for name in ("positive", "negative")
-            ]
+            found += [CurveOf(name, "accuracy, %", share, partial(_percent, name)) for name in ("positive", "negative")]
         if explained == "pred":
             found.append(
                 CurveOf("probability", "probability of the predicted class, %", share, lambda raw: 100 * np.exp(raw["log_p"]))
             )
         return tuple(found)
+
+
+def _percent(name: str, raw: Raw) -> np.ndarray:
+    return 100.0 * raw[name]

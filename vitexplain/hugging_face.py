@@ -1,0 +1,98 @@
+"""Hugging Face: transformers' image classifiers by name or folder, and what is done where the hub is out of reach."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import huggingface_hub
+import torch
+from torch import nn
+
+from .errors import InputError
+from .messages import brief, quiet
+
+PREFIX = "transformers:"
+_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers, which processors store
+
+
+def transformers_model(name: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...] | None]:
+    """A classifier with its attention as it comes, its data configuration, and its class names.
+
+    Args:
+        name: of a model on the hub, or a folder as ``save_pretrained`` writes it, after ``"transformers:"``.
+
+    Raises:
+        InputError: transformers is not installed, or the model or its processor cannot be had or understood.
+    """
+    source = name.removeprefix(PREFIX)
+    try:
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise InputError(
+            f"model: {name!r} needs Hugging Face transformers: pip install 'vitexplain[transformers]' ({error})"
+        ) from error
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    with quiet("huggingface_hub", "transformers"), within_reach():
+        transformers_logging.disable_progress_bar()
+        try:
+            model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
+            processor = AutoImageProcessor.from_pretrained(source)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the hub's client, its transport and damaged files have no common base
+            raise InputError(
+                f"model: {name!r} cannot be had here: expected the name of an image classifier on the hub or its folder "
+                f"({brief(error)})"
+            ) from error
+        finally:
+            if shows_bars:
+                transformers_logging.enable_progress_bar()
+    labels = model.config.id2label
+    return model, data_config(processor.to_dict(), name), tuple(str(labels[index]) for index in range(len(labels)))
+
+
+def data_config(processor: dict[str, Any], name: str) -> dict[str, Any]:
+    """A processor's settings as timm names them, which every transform here is made of.
+
+    Raises:
+        InputError: it does something that no timm transform does.
+    """
+    size, crops = processor.get("size") or {}, bool(processor.get("do_center_crop"))
+    shape = (processor.get("crop_size") or {}) if crops else size
+    if not processor.get("do_resize", True) or "height" not in shape:
+        raise InputError(f"model: expected a processor of {name!r} that resizes to a height and width, received size {size}")
+    scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if abs(scale * 255 - 1) > 1e-3:
+        raise InputError(f"model: expected a processor of {name!r} that rescales by 1/255, received {scale:.6g}")
+    normalises = processor.get("do_normalize", True)
+    resized = size.get("shortest_edge") or size["height"]
+    return dict(
+        input_size=(3, shape["height"], shape["width"]),
+        interpolation=_INTERPOLATIONS[int(processor.get("resample", 2))],
+        crop_pct=shape["height"] / resized if crops else 1.0,
+        crop_mode="center" if "shortest_edge" in size else "squash",
+        mean=tuple(processor["image_mean"]) if normalises else (0.0, 0.0, 0.0),
+        std=tuple(processor["image_std"]) if normalises else (1.0, 1.0, 1.0),
+    )
+
+
+@contextmanager
+def within_reach() -> Iterator[None]:
+    """Where the hub's name does not resolve, its client looks in its cache alone, instead of trying again for a minute."""
+    constants = huggingface_hub.constants
+    through_another = any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint") for name in os.environ)
+    offline = constants.HF_HUB_OFFLINE
+    if not (offline or through_another):
+        try:
+            socket.getaddrinfo("huggingface.co", 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline

@@ -1,0 +1,348 @@
+"""What the page asks for, without the page: models kept at hand, the top classes of a photo, and its maps as pictures.
+
+A session keeps a photo's logits and maps, so that another look (transparency, colours) is drawn without running the model, and
+another class or method runs no more than its own explanation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from ..errors import ExplanationError, InputError, is_out_of_memory
+from ..explainer import Explainer
+from ..explanation import Explanation
+from ..files import check_file
+from ..heatmap import SCALES
+from ..loading import DEMO, LoadedModel, load_model
+from ..methods import REGISTRY, CaptumMethod
+from ..photos import decode_photo
+from ..visualize import contrast
+
+PREDICTED = "predicted"
+BY_SIGN = "by sign"  # the colour map that fits a map's sign
+COLORMAPS = (BY_SIGN, "inferno", "viridis", "magma", "turbo", "gray")
+STARTING_METHODS = ("tokentm", "gmar", "legrad", "rollout")
+TOP = 5
+
+_KEPT_MODELS = 2
+_LONGEST_SIDE = 1200  # of the photo as it is shown
+
+
+# -- what is asked for and what is shown -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the page shows at a moment.
+
+    Attributes:
+        photo: the file; None where there is none yet.
+        photo_name: how messages call it.
+        model: ``"demo"``, or a name of timm's.
+        methods: names of methods, in the order of their maps.
+        target: ``"predicted"``, or a class by number or name.
+        alpha: a map's share of its picture, 0 to 1.
+        colormap: ``"by sign"``, or the name of one of matplotlib's.
+        compare: show the maps of the class beside those of its runner-up.
+    """
+
+    photo: Path | None
+    photo_name: str = ""
+    model: str = DEMO
+    methods: tuple[str, ...] = STARTING_METHODS
+    target: str = PREDICTED
+    alpha: float = 0.55
+    colormap: str = BY_SIGN
+    compare: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a view.
+
+    Attributes:
+        title: above it.
+        note: in small below it; where there is no image, why.
+        image: None where a method cannot explain this model.
+        wide: it is several pictures in a row.
+    """
+
+    title: str
+    note: str
+    image: Image.Image | None
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be shown for a request.
+
+    Attributes:
+        message: what went wrong, in one line; empty where nothing did.
+        heading: what the pictures show.
+        top: the likeliest classes: number, name and probability.
+        target: the class in force, as in a request: ``"predicted"`` again after another photo or model.
+        pictures: the photo and its maps.
+        scales: for the legend: each colour map that pictures show, with what its two ends mean.
+    """
+
+    message: str = ""
+    heading: str = ""
+    top: tuple[tuple[int, str, float], ...] = ()
+    target: str = PREDICTED
+    pictures: tuple[Picture, ...] = ()
+    scales: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A photo as a model saw it: what stays when the model itself has made room for another."""
+
+    source: tuple[str, Path]
+    inputs: Tensor
+    shown: Image.Image
+    logits: Tensor
+    names: tuple[str, ...] | None
+
+    def name(self, index: int) -> str:
+        return self.names[index] if self.names else f"class {index}"
+
+    def short_name(self, index: int) -> str:
+        return self.name(index).partition(",")[0]
+
+    def probabilities(self) -> Tensor:
+        return self.logits.float().softmax(-1)
+
+    def top(self) -> tuple[tuple[int, str, float], ...]:
+        values, classes = self.probabilities().topk(min(TOP, len(self.logits)))
+        return tuple((c, self.name(c), p) for c, p in zip(classes.tolist(), values.tolist(), strict=True))
+
+
+@dataclass
+class Session:
+    """What one open page keeps between two requests."""
+
+    seen: _Seen | None = None
+    classes: dict[str, int] = field(default_factory=dict)  # by how they were asked for
+    maps: dict[tuple[str, tuple[int, ...]], Explanation | str] = field(default_factory=dict)  # or why there is none
+
+    def start(self, seen: _Seen) -> None:
+        """Another photo or model: nothing that was kept fits any longer."""
+        self.seen, self.classes, self.maps = seen, {}, {}
+
+    def clear(self) -> None:
+        self.seen, self.classes, self.maps = None, {}, {}
+
+
+# -- the work --------------------------------------------------------------------------------------------------------------
+
+
+class Service:
+    """Models by name, and views of photos; one request at a time, whoever asks.
+
+    Args:
+        model: the first model, ``"demo"`` or a name of timm's, which is loaded at once.
+        weights: file of that model's weights.
+        device, dtype: where models are put, and their element type, as ``load_model`` takes them.
+        backend: as ``Explainer`` takes it.
+
+    Attributes:
+        loads, classifications, explanations: how often models were loaded, run on a photo, and explained.
+
+    Raises:
+        ExplanationError: the model cannot be loaded or explained, or an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str = DEMO,
+        weights: Path | None = None,
+        device: str = "auto",
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        self.model, self.weights, self.device, self.dtype, self.backend = model, weights, device, dtype, backend
+        self.loads = self.classifications = self.explanations = 0
+        self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # the one used last stands last
+        self._lock = threading.Lock()
+        self._loaded(model)
+
+    def view(self, request: Request, session: Session) -> View:
+        """What to show for a request; what goes wrong becomes the view's message."""
+        with self._lock:
+            try:
+                return self._view(request, session)
+            except ExplanationError as error:
+                return _failed(str(error), session)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return _failed("There is too little memory for this model and photo.", session)
+
+    # -- a view ------------------------------------------------------------------------------------------------------
+
+    def _view(self, request: Request, session: Session) -> View:
+        if request.photo is None:
+            session.clear()
+            return View()
+        source = request.model.strip(), request.photo
+        target = request.target.strip() or PREDICTED
+        if session.seen is None or session.seen.source != source:
+            session.clear()
+            session.start(self._look(source, request.photo_name or request.photo.name))
+            target = PREDICTED
+        seen = session.seen
+        assert seen is not None
+        index = self._class(target, session, seen)
+        classes = (index, _runner_up(seen.logits, index)) if request.compare and len(seen.logits) > 1 else (index,)
+        found = self._explained(request.methods, classes, session, seen)
+        return View(
+            heading=_heading(seen, classes),
+            top=seen.top(),
+            target=target,
+            pictures=tuple(_pictures(request, seen, classes, found)),
+            scales=_scales(request.colormap, classes, found),
+        )
+
+    def _look(self, source: tuple[str, Path], photo_name: str) -> _Seen:
+        """Read a photo and classify it."""
+        name, path = source
+        check_file(path, "photo")
+        photo = decode_photo(path, repr(photo_name)).image
+        loaded = self._loaded(name)
+        inputs = loaded.transform(photo).unsqueeze(0).to(next(loaded.model.parameters()))
+        self.classifications += 1
+        with torch.inference_mode():
+            logits = loaded.model(inputs)[0].cpu()
+        shown = loaded.display(photo)
+        shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+        return _Seen(source, inputs, shown, logits, loaded.class_names)
+
+    def _class(self, target: str, session: Session, seen: _Seen) -> int:
+        if target not in session.classes:
+            known = int(seen.logits.argmax()) if target == PREDICTED else self._loaded(seen.source[0]).class_index(target)
+            session.classes[target] = known
+        return session.classes[target]
+
+    def _explained(
+        self, methods: Sequence[str], classes: tuple[int, ...], session: Session, seen: _Seen
+    ) -> dict[str, Explanation | str]:
+        """By method, its explanation for these classes, or why there is none; only what the session has not is computed."""
+        missing = [name for name in methods if (name, classes) not in session.maps]
+        if missing:
+            for name, found in self._explain(missing, classes, seen).items():
+                session.maps[name, classes] = found
+        return {name: session.maps[name, classes] for name in methods}
+
+    def _explain(self, methods: list[str], classes: tuple[int, ...], seen: _Seen) -> dict[str, Explanation | str]:
+        model = self._loaded(seen.source[0]).model
+        try:
+            explainer = Explainer(model, methods, self.backend)
+            self.explanations += 1
+            found = explainer.attribute(seen.inputs, [list(classes)])
+        except ExplanationError as error:
+            if len(methods) == 1:
+                return {methods[0]: str(error)}
+            each = [self._explain([name], classes, seen) for name in methods]
+            return {name: found for one in each for name, found in one.items()}
+        assert isinstance(found, dict)
+        return dict(found)
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def _loaded(self, name: str) -> LoadedModel:
+        """The model of a name, loaded where it is none of the last ones."""
+        if name not in self._models:
+            if not name:
+                raise InputError("model: expected 'demo' or a name of timm's, received nothing")
+            loaded = load_model(name, self.weights if name == self.model else None, self.device, dtype=self.dtype)
+            Explainer(loaded.model, backend=self.backend).check_backend(next(loaded.model.parameters()).device)
+            self.loads += 1
+            self._models[name] = loaded
+            while len(self._models) > _KEPT_MODELS:
+                self._models.popitem(last=False)
+        self._models.move_to_end(name)
+        return self._models[name]
+
+
+def grouped_methods() -> dict[str, list[tuple[str, str]]]:
+    """The methods as titles and names, in groups, each in the registry's order."""
+    groups: dict[str, list[tuple[str, str]]] = {
+        "Attention and its gradient": [],
+        "Relevance, layer by layer": [],
+        "Gradient of pixels (captum)": [],
+    }
+    attention, relevance, pixels = groups.values()
+    for name, kind in REGISTRY.items():
+        group = pixels if issubclass(kind, CaptumMethod) else attention if kind.rules is None else relevance
+        group.append((kind.title, name))
+    return groups
+
+
+def method_note(name: str) -> str:
+    """A line on a method: what it costs, and whether the class matters."""
+    kind = REGISTRY[name]
+    cost = kind.cost[0].upper() + kind.cost[1:]
+    return f"{cost}." if kind.uses_target else f"{cost}. The same for every class."
+
+
+# -- a view's parts --------------------------------------------------------------------------------------------------------
+
+
+def _failed(message: str, session: Session) -> View:
+    """The message, and the classes of the photo where it was not the photo or the model that went wrong."""
+    return View(message, top=session.seen.top() if session.seen else ())
+
+
+def _runner_up(logits: Tensor, index: int) -> int:
+    """The likeliest class but one."""
+    first, second = logits.topk(2).indices.tolist()
+    return second if first == index else first
+
+
+def _heading(seen: _Seen, classes: tuple[int, ...]) -> str:
+    probabilities = seen.probabilities()
+    named = [f"“{seen.short_name(c)}” ({100 * float(probabilities[c]):.1f} %)" for c in classes]
+    return f"Where {seen.source[0]} looked for " + " and for ".join(named)
+
+
+def _pictures(request: Request, seen: _Seen, classes: tuple[int, ...], found: dict[str, Explanation | str]) -> list[Picture]:
+    photo = [] if len(classes) > 1 else [Picture("Photo", "The part that the model saw.", seen.shown)]
+    return photo + [_picture(name, request, seen, classes, one) for name, one in found.items()]
+
+
+def _picture(name: str, request: Request, seen: _Seen, classes: tuple[int, ...], found: Explanation | str) -> Picture:
+    kind, note = REGISTRY[name], method_note(name)
+    colormap = None if request.colormap == BY_SIGN else request.colormap
+    if isinstance(found, str):
+        return Picture(kind.title, found, None)
+    if len(classes) == 1 or not kind.uses_target:
+        return Picture(kind.title, note, found.overlay(seen.shown, alpha=request.alpha, colormap=colormap))
+    names = [seen.short_name(c) for c in classes]
+    figure = contrast(seen.shown, found, names=names, title="", caption="", alpha=request.alpha, colormap=colormap)
+    return Picture(kind.title, note, _drawn(figure), wide=True)
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _scales(colormap: str, classes: tuple[int, ...], found: dict[str, Explanation | str]) -> tuple[tuple[str, str, str], ...]:
+    """Of the maps that stand alone; a comparison has its own legend."""
+    alone = [one for name, one in found.items() if len(classes) == 1 or not REGISTRY[name].uses_target]
+    signs = sorted({one.signed for one in alone if isinstance(one, Explanation)})
+    return tuple((SCALES[sign][0] if colormap == BY_SIGN else colormap, *SCALES[sign][1:]) for sign in signs)
