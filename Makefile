@@ -23,12 +23,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_FOR_DEMO := $(VENV)/.installed-for-demo
 MINIMUM := 3.11
 
 .PHONY: demo test browser test-main test-interpreter lint docs serve gpu gpu-tests gpu-tune gpu-goals gpu-ablation gpu-operations \
 	gpu-explanations gpu-rest gpu-bench tune aot faithfulness bench regressions readme clean
 
-demo: $(INSTALLED)
+demo: $(INSTALLED_FOR_DEMO)
 	$(BIN)/vitexplain demo --output vitexplain_demo.png
 
 test: lint test-main test-interpreter
@@ -45,7 +46,7 @@ browser:
 
 # Interpreting and compiling Triton kernels cannot share a process: the interpreter is chosen when triton is imported.
 test-interpreter: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -139,10 +140,16 @@ regressions: $(INSTALLED)
 readme: $(INSTALLED)
 	$(BIN)/python -m bench table
 
-$(INSTALLED): pyproject.toml CMakeLists.txt
+$(INSTALLED_FOR_DEMO): pyproject.toml CMakeLists.txt
 	@$(PYTHON) -c "import sys; v = tuple(map(int, '$(MINIMUM)'.split('.'))); sys.exit(sys.version_info < v and 'expected Python >= $(MINIMUM), received ' + sys.version.split()[0])"
+	@echo "installing into $(VENV): torch alone is some gigabytes, and takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
+	touch $@
+
+# On top of it everything else: what tests, documentation and benchmarks need.
+$(INSTALLED): $(INSTALLED_FOR_DEMO)
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 

@@ -33,7 +33,7 @@ from vitexplain.messages import brief
 
 from .cases import CASES
 from .measuring import let_go, lost
-from .record import Row, device_name, merge, read_rows, results_path, update
+from .record import Row, device_folder, merge, read_rows, results_path, update
 from .registry import Case, Setting, Size
 
 WRITTEN_EVERY = 20.0  # seconds
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: expected a CUDA device, found none (--not-measured DEVICE writes the empty lines)")
     device = torch.device(options.device)
-    name = device_name(device)
+    name = device_folder(device)
     path = results_path(name, options.results) if options.results else results_path(name)
     setting = Setting(
         device, options.seconds, options.least, tuple(options.work), tuple(options.provider), not options.no_memory,

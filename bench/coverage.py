@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import vitexplain
 from vitexplain import Explanation, ExplanationError
-from vitexplain.models import FAMILIES as KNOWN
+from vitexplain.models import FAMILIES
 from vitexplain.testing import DenseReference, relative_error
-from vitexplain.testing.families import FAMILIES, FamilyCase
+from vitexplain.testing.families import FAMILY_CASES, FamilyCase
 
 from .record import RESULTS
 
@@ -36,6 +36,7 @@ RUNS = "explained, without a reference"
 REFUSED = "refused"
 # float64, maps rounded to float32; quotients near 0 / 0 in LRP's own rules multiply rounding errors
 TOLERANCE = {"lrp": 1e-5, "partial_lrp": 1e-5}
+OPTIONS = {"integrated_gradients": {"steps": 3}}  # more of the same passes would show no more
 DEFAULT_TOLERANCE = 1e-6
 
 TIMM_METHODS = ("tokentm", "gmar", "iba", "rollout")
@@ -68,8 +69,9 @@ def outcomes(case: FamilyCase) -> Iterator[Pair]:
     model, inputs, score = case.model(), case.inputs(), case.score()
     reference = DenseReference(model, inputs)
     for info in vitexplain.methods():
+        options = OPTIONS.get(info.name, {})
         try:
-            ours = vitexplain.explain(model, inputs, method=info.name, score=score)
+            ours = vitexplain.explain(model, inputs, method=info.name, score=score, **options)
         except ExplanationError as error:
             yield Pair(case.package, case.family, info.name, REFUSED, str(error))
             continue
@@ -77,7 +79,7 @@ def outcomes(case: FamilyCase) -> Iterator[Pair]:
         if not hasattr(DenseReference, f"_{info.name}"):
             yield Pair(case.package, case.family, info.name, RUNS)
             continue
-        exact = reference.explain(info.name, score or ours.target)
+        exact = reference.explain(info.name, score or ours.target, **options)
         error = relative_error(_values(ours), exact.flatten(1))
         limit = TOLERANCE.get(info.name, DEFAULT_TOLERANCE)
         assert error <= limit, f"{info.name} on {case.package} {case.family}: relative error {error:.1e}, expected {limit:.0e}"
@@ -96,7 +98,7 @@ def supported_timm_names() -> Iterator[str]:
                 model = timm.create_model(name)
             except (NotImplementedError, RuntimeError):  # some convolutional models compute with their weights as they are built
                 continue
-        if any(family.reads(model) for family in KNOWN):
+        if any(family.reads(model) for family in FAMILIES):
             yield name
 
 
@@ -158,7 +160,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="with --timm: only these, whose rows replace the old ones")
     arguments = parser.parse_args()
     if not arguments.timm:
-        pairs = [pair for case in FAMILIES for pair in outcomes(case)]
+        pairs = [pair for case in FAMILY_CASES for pair in outcomes(case)]
         write(COVERAGE, pairs)
         print(Counter(pair.outcome for pair in pairs))
         return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,14 +26,15 @@ from PIL import Image
 
 from vitexplain import dataset
 from vitexplain.dataset.compute import BatchExplainer
+from vitexplain.dataset.layout import Layout, ShardContent
+from vitexplain.dataset.layout import Row as IndexRow
 from vitexplain.dataset.loader import decode_rows
-from vitexplain.dataset.store import Layout, ShardContent, StoreWriter
-from vitexplain.dataset.store import Row as IndexRow
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.loading import LoadedModel, load_model
 from vitexplain.methods import build_methods
 from vitexplain.sources import Source, open_source
 
-from .faithfulness import DATA
+from .faithfulness import data_folder
 from .registry import Unavailable
 
 METHOD = "tokentm"
@@ -74,11 +74,6 @@ class Found:
     samples: list[float]
 
 
-def data_folder() -> Path:
-    """Photos and weights: ``../shared/data``, or what ``VITEXPLAIN_BENCH_DATA`` names."""
-    return Path(os.environ.get("VITEXPLAIN_BENCH_DATA", DATA))
-
-
 def expect_packages() -> None:
     """Raise ``Unavailable`` where stores cannot be written."""
     for package in ("zarr", "pyarrow"):
@@ -115,7 +110,7 @@ def measure(run: Run, data: Path) -> dict[str, float | None]:
     watch = _Watch(len(source))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "maps.zarr"
-        report = dataset.run(model, source, METHOD, output, batch=run.batch, progress=watch)
+        report = dataset.run(model, source, output, METHOD, batch=run.batch, progress=watch)
         bytes_on_disk = {
             kind: sum(path.stat().st_size for path in output.with_suffix(kind).rglob("*") if path.is_file())
             for kind in (".zarr", ".parquet")
@@ -310,8 +305,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     import timm
 
     torch.manual_seed(0)
-    built = timm.create_model(name).eval().to(device, dtype)
-    return LoadedModel(name, built, timm.data.resolve_model_data_config(built), None)
+    return LoadedModel.of(timm.create_model(name).to(device, dtype), name=name)
 
 
 def measure_stream(name: str, device: torch.device) -> Iterator[Found]:

@@ -1,15 +1,17 @@
 """The project's own faithfulness tables: every method on real photos, by the papers' protocols.
 
-    python -m bench.faithfulness              # all cases; goes on where it was interrupted
-    python -m bench.faithfulness --case cifar10 --case localisation
+    python -m bench.faithfulness              # all studies; goes on where it was interrupted
+    python -m bench.faithfulness --study cifar10 --study localisation
 
-Data and weights are read from ``../shared/data`` (``--data`` for another folder). What was measured of each image stays in
-``build/faithfulness``, with curves and a report; figures and tables go to ``bench/results/faithfulness/CASE``.
+Data and weights are read from ``../shared/data`` (``--data`` or ``VITEXPLAIN_BENCH_DATA`` for another folder). What was measured
+of each image stays in ``build/faithfulness``, with curves and a report; figures and tables go to
+``bench/results/faithfulness/STUDY``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -32,7 +34,7 @@ IBA = tuple(f"iba:relevance={relevance}" for relevance in ("gradient", "gain", "
 
 
 @dataclass(frozen=True)
-class Case:
+class Study:
     """One evaluation: a model, data, methods and protocols."""
 
     model: str
@@ -55,37 +57,42 @@ class Case:
 DEIT = {"model": "deit_tiny_patch16_224", "weights": "deit_tiny_patch16_224_fp16.safetensors"}
 PHOTOS = {**DEIT, "data": "imagenet_sample_500.npz"}
 BOTH = {"explained": ("pred", "gt")}
-CASES: dict[str, Case] = {
-    "perturbation": Case(**PHOTOS, protocols=("perturbation:convention=both",), settings=BOTH),
-    "localisation": Case(**DEIT, data="ecssd_500.npz", protocols=("localisation",)),
-    "cifar10": Case("demo", None, "cifar10_exact_test1017.npz", ("perturbation:convention=both",), settings=BOTH),
-    "ablation": Case(**PHOTOS, protocols=("ablation",), methods=("tokentm",), images="::2"),
-    "iba_chosen_on_even": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="::2", settings={"controls": False}),
-    "iba_reported_on_odd": Case(**PHOTOS, protocols=("perturbation",), methods=IBA, images="1::2", settings={"controls": False}),
-    "probability": Case(**PHOTOS, protocols=("insertion_deletion:step=10", "average_drop"), images="::2"),
-    "saco": Case(**PHOTOS, protocols=("saco",), images="::2"),
-    "precision_float32": Case(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
-    "precision_bfloat16": Case(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
+STUDIES: dict[str, Study] = {
+    "perturbation": Study(**PHOTOS, protocols=("perturbation:convention=both",), settings=BOTH),
+    "localisation": Study(**DEIT, data="ecssd_500.npz", protocols=("localisation",)),
+    "cifar10": Study("demo", None, "cifar10_exact_test1017.npz", ("perturbation:convention=both",), settings=BOTH),
+    "ablation": Study(**PHOTOS, protocols=("ablation",), methods=("tokentm",), images="::2"),
+    "iba_chosen_on_even": Study(**PHOTOS, protocols=("perturbation",), methods=IBA, images="::2", settings={"controls": False}),
+    "iba_reported_on_odd": Study(**PHOTOS, protocols=("perturbation",), methods=IBA, images="1::2", settings={"controls": False}),
+    "probability": Study(**PHOTOS, protocols=("insertion_deletion:step=10", "average_drop"), images="::2"),
+    "saco": Study(**PHOTOS, protocols=("saco",), images="::2"),
+    "precision_float32": Study(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
+    "precision_bfloat16": Study(**PHOTOS, protocols=("perturbation",), images=":32", methods=("tokentm", "iba", "rollout")),
 }
 
 
+def data_folder() -> Path:
+    """Photos and weights: ``../shared/data``, or what ``VITEXPLAIN_BENCH_DATA`` names."""
+    return Path(os.environ.get("VITEXPLAIN_BENCH_DATA", DATA))
+
+
 def evaluation_of(name: str, folder: Path, device: str) -> Evaluation:
-    """A case, ready to run; float32 forwards on changed images only where its name says so."""
-    case = CASES[name]
-    model = case.load(folder, device)
+    """A study, ready to run; float32 forwards on changed images only where its name says so."""
+    study = STUDIES[name]
+    model = study.load(folder, device)
     return Evaluation(
         model,
-        case.source(folder, model),
-        case.methods or own_methods(),
-        case.protocols,
+        study.source(folder, model),
         WORK / name,
+        study.methods or own_methods(),
+        study.protocols,
         dtype="float32" if name.endswith("float32") else "bfloat16",
-        **case.settings,
+        **study.settings,
     )
 
 
 def run(name: str, folder: Path, device: str) -> None:
-    """Measure a case and write what it found into the results."""
+    """Measure a study and write what it found into the results."""
     evaluation = evaluation_of(name, folder, device)
     started = time.perf_counter()
     results = evaluation.run(lambda done, total: _say(f"{name}: {done} of {total} images", started))
@@ -103,11 +110,11 @@ def _say(text: str, started: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="one case; repeat; default: all")
+    parser.add_argument("--study", action="append", choices=tuple(STUDIES), help="one study; repeat; default: all")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=data_folder())
     options = parser.parse_args()
-    for name in options.case or CASES:
+    for name in options.study or STUDIES:
         run(name, options.data, options.device)
 
 

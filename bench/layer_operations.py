@@ -269,7 +269,9 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "contribution_map, φ = P·relu(G), token weights",
-        lambda layer, backend: kernels.contribution_map(*_inputs(layer), layer.contribution, **_weighed(layer, backend)),
+        lambda layer, backend: kernels.contribution_map(
+            *_inputs(layer), layer.contribution, residual=1.0, **_weighed(layer, backend)
+        ),
         _map_flops, _map_bytes, exact=formulas.contribution, rivals={DENSE: formulas.contribution}, most_tokens=LARGEST_MAP,
     ),
 )  # fmt: skip

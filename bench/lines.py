@@ -7,22 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .measuring import FAILED, OUT_OF_MEMORY
-from .record import Row
+from .record import LineKey, Row
 from .registry import FORWARD_BACKWARD, TORCH, TRITON
 
 LARGE = 500  # tokens from which growth is fitted: below, what does not depend on them weighs too much
 
 
 @dataclass(frozen=True)
-class Line:
+class Line(LineKey):
     """Who did what at one size, with every figure of it by metric."""
 
-    work: str
-    provider: str
-    model: str
-    batch: int
-    tokens: int
-    dtype: str
     figures: dict[str, Row]
 
     def value(self, metric: str) -> float:
@@ -55,10 +49,10 @@ class Line:
 
 def lines_of(rows: Iterable[Row]) -> list[Line]:
     """Rows put together, in the order in which they came."""
-    found: dict[tuple[object, ...], Line] = {}
+    found: dict[LineKey, Line] = {}
     for row in rows:
-        line = Line(row.work, row.provider, row.model, row.batch, row.tokens, row.dtype, {})
-        found.setdefault(row.line, line).figures[row.metric] = row
+        key = row.line
+        found.setdefault(key, Line(**vars(key), figures={})).figures[row.metric] = row
     return list(found.values())
 
 

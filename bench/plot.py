@@ -23,7 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmark"
 DPI = 150
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a provider has the same one in every figure
-COLOURS = {
+COLORS = {
     TORCH: "#0072B2", TRITON: "#332288", DENSE: "#D55E00", CAPTUM: "#E69F00", GRAD_CAM: "#CC79A7", COLREDUCE: "#B79F00",
     f"{COLREDUCE} (naive)": "#B79F00", MODEL_ITSELF: "#4D4D4D", LIBRARY: "#4D4D4D",
 }  # fmt: skip
@@ -53,12 +53,12 @@ def draw(device: str | None) -> list[Path]:
 
 def base_of(provider: str) -> str:
     """Whose variant a provider is, itself where it is none: ``"vitexplain (torch), compiled"`` is one of the first part."""
-    return next((name for name in COLOURS if provider.startswith(f"{name}, ")), provider)
+    return next((name for name in COLORS if provider.startswith(f"{name}, ")), provider)
 
 
-def colour(provider: str) -> str:
+def color_of(provider: str) -> str:
     """A provider's colour, which its variants share."""
-    return COLOURS.get(base_of(provider), OTHER)
+    return COLORS.get(base_of(provider), OTHER)
 
 
 def _variant_number(provider: str, among: Sequence[str]) -> int | None:
@@ -133,9 +133,11 @@ def _growth(lines: list[Line], metric: str, axes: Axes) -> None:
         points = points_of(mine, metric)
         marker = MARKERS[works.index(work) % len(MARKERS)] if work in works else "."
         if points:
-            axes.plot(*zip(*points, strict=True), style(provider, providers), color=colour(provider), marker=marker, markersize=4,
-                      label=_with_exponent(work, provider, points))  # fmt: skip
-            _band(mine, metric, axes, colour(provider))
+            axes.plot(
+                *zip(*points, strict=True), style(provider, providers), color=color_of(provider), marker=marker, markersize=4,
+                label=_with_exponent(work, provider, points),
+            )  # fmt: skip
+            _band(mine, metric, axes, color_of(provider))
         full |= dict.fromkeys([(line.tokens, provider) for line in mine if line.out_of_memory][:1])
     ticks = sorted({line.tokens for line in lines if line.out_of_memory or not math.isnan(line.value(metric))})
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=40, ha="right")
@@ -180,11 +182,11 @@ def _mark_out_of_memory(axes: Axes, tokens: int, provider: str) -> None:
     """A cross at the top edge."""
     top = axes.get_xaxis_transform()
     axes.plot(
-        [tokens], [1.0], "x", transform=top, color=colour(provider), markersize=9, markeredgewidth=2, clip_on=False, zorder=5
+        [tokens], [1.0], "x", transform=top, color=color_of(provider), markersize=9, markeredgewidth=2, clip_on=False, zorder=5
     )
     axes.annotate(
         OUT_OF_MEMORY, (tokens, 1.0), (0, -7), xycoords=top, textcoords="offset points", ha="center", va="top", fontsize=8,
-        color=colour(provider),
+        color=color_of(provider),
     )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def _under_roof(lines: list[Line], compute: float, bandwidth: float, axes: Axes)
     ends = []
     for number, key in enumerate(numbered, 1):
         mine = [line for line in lines if (line.work, line.provider) == key]
-        shade = colour(key[1])
+        shade = color_of(key[1])
         dashes = style(key[1], [provider for _, provider in numbered])
         axes.plot(*zip(*(places[id(line)] for line in mine), strict=True), dashes, color=shade, linewidth=0.5, alpha=0.5)
         for line in mine:
@@ -276,7 +278,7 @@ def _keys(axes: Axes, numbered: list[tuple[str, str]], sizes: list[tuple[int, in
         for i, (tokens, batch, model) in enumerate(sizes)
     ]
     if len(providers) > 1:
-        handles += [Patch(color=colour(name), label=name) for name in providers]
+        handles += [Patch(color=color_of(name), label=name) for name in providers]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(1.0, 0.0), frameon=False, fontsize=7.5)
 
 
@@ -336,7 +338,7 @@ def _bars(lines: list[Line], ratios: list[float], axes: Axes) -> None:
 
 def _fill(provider: str, among: Sequence[str]) -> dict[str, object]:
     """A bar's colour, and white lines across it for a variant."""
-    return {"facecolor": colour(provider), "edgecolor": "white", "linewidth": 0, "hatch": hatch(provider, among)}
+    return {"facecolor": color_of(provider), "edgecolor": "white", "linewidth": 0, "hatch": hatch(provider, among)}
 
 
 def _whisker(line: Line, ratio: float) -> tuple[float, float]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from vitexplain import environment as platform
+from vitexplain.environment import environment as device_and_versions
 from vitexplain.errors import InputError
 
 __all__ = [
-    "NOT_MEASURED", "RESULTS", "Row", "device_name", "devices", "environment", "merge", "read_rows",
+    "NOT_MEASURED", "RESULTS", "LineKey", "Row", "device_folder", "devices", "environment", "merge", "read_rows",
     "results_path", "spread", "unavailable", "unmeasured", "update", "write_table_rows",
 ]  # fmt: skip
 
@@ -25,8 +25,8 @@ OPTIONAL = ("triton",)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure: what was measured, by whom, on what, with the spread and the environment.
+class LineKey:
+    """Everything but the figures: who did what at one size.
 
     Attributes:
         kind: ``"operation"``, ``"explanation"``, ``"evaluation"`` or ``"data set"``.
@@ -35,10 +35,6 @@ class Row:
         provider: who did it.
         model: a timm model, or the form of a layer.
         batch, tokens, dtype: the size.
-        metric, unit: what the figure is.
-        p20, p50, p80: 20th, 50th and 80th percentile as text; ``p50`` is ``"not measured"``, ``"out of memory …"`` or another
-            reason where there is no figure.
-        repeats: number of samples.
     """
 
     kind: str
@@ -49,6 +45,19 @@ class Row:
     batch: int
     tokens: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class Row(LineKey):
+    """One figure: what was measured, by whom, on what, with the spread and the environment.
+
+    Attributes:
+        metric, unit: what the figure is.
+        p20, p50, p80: 20th, 50th and 80th percentile as text; ``p50`` is ``"not measured"``, ``"out of memory …"`` or another
+            reason where there is no figure.
+        repeats: number of samples.
+    """
+
     metric: str
     unit: str
     p20: str
@@ -74,9 +83,9 @@ class Row:
         return float(self.p50) if self.measured else float("nan")
 
     @property
-    def line(self) -> tuple[object, ...]:
-        """Everything but the figure: rows of one line are replaced together."""
-        return (self.case, self.work, self.provider, self.model, self.batch, self.tokens, self.dtype)
+    def line(self) -> LineKey:
+        """Rows of one line are replaced together."""
+        return LineKey(self.kind, self.case, self.work, self.provider, self.model, self.batch, self.tokens, self.dtype)
 
 
 _COUNTS = tuple(field.name for field in fields(Row) if field.type == "int")
@@ -105,13 +114,13 @@ def environment(device: torch.device, *more: str) -> dict[str, object]:
 
     On a GPU with the CUDA that torch was built for: kernels and libraries come with it.
     """
-    found = platform.environment(device, optional=(*OPTIONAL, *more))
+    found = device_and_versions(device, optional=(*OPTIONAL, *more))
     if device.type == "cuda":
         found["versions"] = f"{found['versions']}, CUDA {torch.version.cuda}"
     return found
 
 
-def device_name(device: torch.device) -> str:
+def device_folder(device: torch.device) -> str:
     """``cpu``, or the GPU's name as a folder's."""
     if device.type == "cpu":
         return "cpu"
@@ -124,7 +133,7 @@ def devices() -> list[str]:
 
 
 def results_path(name: str, folder: Path | None = None) -> Path:
-    """Where a device's figures are kept, of the repository or of a folder; ``name`` as ``device_name`` gives it."""
+    """Where a device's figures are kept, of the repository or of a folder; ``name`` as ``device_folder`` gives it."""
     return (folder or RESULTS) / name / "benchmark.csv"
 
 
@@ -145,10 +154,10 @@ def update(path: Path, rows: Iterable[Row]) -> Path:
 
     A line that was measured before stays where now it could not be, for want of a package or of data.
     """
-    made: dict[tuple[object, ...], list[Row]] = {}
+    made: dict[LineKey, list[Row]] = {}
     for row in rows:
         made.setdefault(row.line, []).append(row)
-    kept: dict[tuple[object, ...], list[Row]] = {}
+    kept: dict[LineKey, list[Row]] = {}
     for row in read_rows(path) if path.exists() else ():
         kept.setdefault(row.line, []).append(row)
     made = {line: rows for line, rows in made.items() if line not in kept or not all(map(_is_unavailable, rows))}

@@ -569,7 +569,7 @@ def faithfulness_tables() -> str:
 
 
 def results_of(case: str) -> Results:
-    """The committed results of a case of ``bench.faithfulness``."""
+    """The committed results of a study of ``bench.faithfulness``."""
     return Results.read(FAITHFULNESS / case / "results.json")
 
 

@@ -28,6 +28,7 @@ from vitexplain.kernels.attention_backward import choose
 from vitexplain.kernels.launch import KernelVariant, architecture_of, forced_config, recorded_launches
 from vitexplain.kernels.launch_table import ANY, TABLE, TableRow, TileConfig, padded_head_dim, read_table, write_table
 from vitexplain.kernels.token_transformation.token_kernel import ANY_WIDTH
+from vitexplain.loading import dtype_name
 
 from .layer import CPU_SIZES, GPU_SIZES, Layer, LayerSize, backward_pass, one_pass, relevance, row_pass
 from .record import environment, write_table_rows
@@ -124,7 +125,7 @@ def variants_to_check(task: Task, config: TileConfig) -> list[KernelVariant]:
     """The shipped variants of a kernel with this tile shape, those that keep most in registers first."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if task.precision == "tf32" else "ieee"
     thorough = task.precision in THOROUGH and task.head_dim in WIDTHS
-    dtypes = THOROUGH[task.precision] if thorough else (str(PRECISIONS[task.precision]).removeprefix("torch."),)
+    dtypes = THOROUGH[task.precision] if thorough else (dtype_name(PRECISIONS[task.precision]),)
     with recorded_launches(task.architecture) as recorded, forced_config(config):
         for dtype in dtypes:
             for head_dim in WIDTHS[task.head_dim] if thorough else (task.head_dim,):
@@ -224,7 +225,7 @@ def calls(layer: Layer) -> dict[str, Callable[[], object]]:
         "many_rows_few": lambda: kernels.row_propagation(*first, layer.rows[:, :, :1], **weighed_first),
         "attention_backward": lambda: one_pass(layer),
         "attention_relevance": lambda: relevance(layer),
-        "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, **weighed),
+        "contribution_map": lambda: kernels.contribution_map(*inputs, contribution, residual=1.0, **weighed),
         GRAM: lambda: kernels.head_norms(layer.value, layer.grad_out, norm="l2"),
         "token_transformation": lambda: kernels.add_token_transformation(layer.tokens, layer.branch, layer.moved),
         "attention_token_transformation": lambda: kernels.attention_token_transformation(
@@ -284,7 +285,7 @@ def measured_decisions(device: torch.device, seconds: float) -> Iterator[choose.
             timed = [partial(way, layer) for way in (one_pass, backward_pass, row_pass)]
             medians = [statistics.median(samples) for samples in interleaved_ms(timed, device, seconds)]
             decision = choose.Decision(
-                architecture=choose.decision_architecture(device), dtype=str(dtype).removeprefix("torch."),
+                architecture=choose.decision_architecture(device), dtype=dtype_name(dtype),
                 head_dim=str(padded_head_dim(size.head_dim)), tokens=str(size.tokens), batch_heads=str(size.batch * size.heads),
                 **dict(zip(("one_pass_ms", "backward_ms", "row_ms"), (f"{median:.4g}" for median in medians), strict=True)),
                 device=str(where["device"]), versions=str(where["versions"]),

@@ -41,8 +41,8 @@ def main() -> None:
         report = dataset.run(
             load_model(options.model, device="auto"),
             photos,
-            "tokentm",
             options.output,
+            "tokentm",
             engine="ray",
             actors=options.actors,
             workers=0 if options.photos is None else None,  # None: as many decoding processes as suit the machine

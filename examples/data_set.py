@@ -31,7 +31,7 @@ def example_photos(folder: Path) -> Path:
 def explain(photos: Path, model_name: str, output: Path, workers: int) -> None:
     model = load_model(model_name, device="auto")
     # --8<-- [start:run]
-    report = dataset.run(model, photos, ["tokentm", "gmar:norm=l2"], output, target="top2", batch=2, workers=workers)
+    report = dataset.run(model, photos, output, ["tokentm", "gmar:norm=l2"], target="top2", batch=2, workers=workers)
     print(f"{report.images} explained, {report.found} found; {report.images_per_second:.1f} images/s")
     # --8<-- [end:run]
 

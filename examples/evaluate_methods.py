@@ -34,7 +34,7 @@ def measure(photos: Path, model_name: str, output: Path) -> None:
     # --8<-- [start:evaluate]
     model = load_model(model_name)
     source = open_source(photos, classes=model)  # labels, where there are any, are looked up among the model's classes
-    results = evaluate(model, source, ["tokentm", "rollout"], "perturbation", output, resamples=200, gallery=2)
+    results = evaluate(model, source, output, ["tokentm", "rollout"], "perturbation", bootstrap=200, gallery=2)
     for column in results.columns:
         figures = {label: results.figure(label, column) for label in results.methods}
         print(f"{column.metric}: " + ", ".join(f"{label} {figure.mean:.3f}" for label, figure in figures.items() if figure))

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photo", type=Path, help="a photo of yours; scikit-image's cat where there is none")
     parser.add_argument("--model", default="demo", help="'demo', or the name of a timm model")
-    parser.add_argument("--method", default="tokentm", help="see 'vitexplain list'")
+    parser.add_argument("--method", default="tokentm", help="see 'vitexplain methods'")
     parser.add_argument("--output", type=Path, default=Path("explained.png"))
     options = parser.parse_args()
     photo = load_photo(options.photo) if options.photo else Image.fromarray(skimage.data.chelsea())

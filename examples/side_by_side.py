@@ -22,7 +22,7 @@ from torch import Tensor
 
 import vitexplain
 from vitexplain import LoadedModel, load_model, load_photo
-from vitexplain.evaluate.quantus_bridge import build_metric, quantus_explainer, quantus_scores
+from vitexplain.evaluate import build_metric, quantus_explainer, quantus_scores
 from vitexplain.visualize import save_panel
 
 

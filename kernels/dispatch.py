@@ -34,11 +34,14 @@ def triton_installed() -> bool:
 def choose_backend(backend: str, device: torch.device) -> str:
     """Resolve ``backend`` for tensors on ``device`` to ``"triton"`` or ``"torch"``.
 
-    ``"auto"`` is Triton on CUDA where triton is installed, tiled torch elsewhere. Raises ``ValueError`` for an unknown
-    name and ``RuntimeError`` where Triton was asked for and cannot run.
+    ``"auto"`` is Triton on CUDA where triton is installed, tiled torch elsewhere.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: Triton was asked for where it cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, received {backend!r}")
     if backend == "auto":
         return "triton" if device.type == "cuda" and triton_installed() else "torch"
     if backend == "triton":
@@ -86,7 +89,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...], sizes: dict[str, int]) -> None:
-    """Check a shape against named sizes, filling in ``sizes`` where a name is met for the first time."""
+    """Check a shape against named sizes, filling in ``sizes`` where a name is met for the first time.
+
+    Raises:
+        ValueError: another shape.
+    """
     if tensor.dim() == len(expected):
         for size, wanted in zip(tensor.shape, expected, strict=True):
             if isinstance(wanted, str):
@@ -100,17 +107,67 @@ def expect_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...
 
 
 def expect_same(name: str, tensor: torch.Tensor, reference_name: str, reference: torch.Tensor, *, dtype: bool = True) -> None:
-    """Check that two tensors share device and, unless told otherwise, dtype."""
+    """Check that two tensors share device and, unless told otherwise, dtype.
+
+    Raises:
+        ValueError: they do not.
+    """
     if tensor.device != reference.device:
         raise ValueError(f"{name}: expected device {reference.device} (that of {reference_name}), received {tensor.device}")
     if dtype and tensor.dtype != reference.dtype:
         raise ValueError(f"{name}: expected dtype {reference.dtype} (that of {reference_name}), received {tensor.dtype}")
 
 
+def expect_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    logsumexp: torch.Tensor,
+    sizes: dict[str, int],
+    *,
+    queries: str = "m",
+) -> None:
+    """Check what every operation on the tiles of one attention layer reads, filling in ``sizes``.
+
+    Args:
+        query: (B, H, m, dh).
+        key: (B, H, n, dh).
+        value: (B, H, n, dv); None where it is not read.
+        logsumexp: (B, H, m), of any dtype.
+        sizes: those known so far.
+        queries: name of the number of queries; ``"n"`` where it is to be that of the keys.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    expect_shape("query", query, ("B", "H", queries, "dh"), sizes)
+    expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
+    expect_same("key", key, "query", query)
+    if value is not None:
+        expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
+        expect_same("value", value, "query", query)
+    expect_shape("logsumexp", logsumexp, ("B", "H", queries), sizes)
+    expect_same("logsumexp", logsumexp, "query", query, dtype=False)
+
+
+def expect_gradient(reader: str, value: torch.Tensor | None, grad_out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``value`` and ``grad_out``, whose product the gradient of the map is.
+
+    Raises:
+        ValueError: one is None; the message names their ``reader``, such as ``phi 'p_g'``.
+    """
+    if value is None or grad_out is None:
+        raise ValueError(f"value, grad_out: expected tensors for {reader}, received None")
+    return value, grad_out
+
+
 def expect_mask(mask: torch.Tensor, reference_name: str, reference: torch.Tensor, sizes: dict[str, int]) -> torch.Tensor:
     """A mask expanded to (B, H, m, n), of sizes already known; nothing is copied.
 
     It is boolean, True where a key takes part, or floating-point, added to the scores.
+
+    Raises:
+        ValueError: another dtype or device, or a shape that does not broadcast.
     """
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"mask: expected a boolean or floating-point dtype, received {mask.dtype}")

@@ -10,9 +10,9 @@ WITH_GRADIENT = frozenset({"p_relu_g", "p_g", "relu_g", "abs_g"})
 
 
 def expect_phi(phi: str) -> None:
-    """Refuse an unknown name."""
+    """Refuse an unknown name, with ``ValueError``."""
     if phi not in PHIS:
-        raise ValueError(f"unknown phi {phi!r}: expected one of {', '.join(PHIS)}")
+        raise ValueError(f"phi: expected one of {', '.join(PHIS)}, received {phi!r}")
 
 
 def weighed(probabilities: Tensor | None, gradient: Tensor | None, phi: str) -> Tensor:

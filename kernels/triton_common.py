@@ -15,6 +15,7 @@ from .launch_table import SMALLEST_PRODUCT as SMALLEST_PRODUCT
 from .launch_table import padded_head_dim as padded_head_dim
 
 LOG2_E = 1.4426950408889634
+KERNEL_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)  # as kernels read it
 # Arguments that follow the number of tokens (as ``num_queries`` and its like do): no kernel is compiled anew for a length.
 LENGTHS = (
     "num_heads", "stride_logsumexp_batch", "stride_logsumexp_head", "stride_rows_batch",
@@ -112,7 +113,7 @@ def mask_tile(p_mask, stride_first, stride_second, o_first, o_second, m_first, m
     b_mask = tl.load(p_tile, mask=m_first[:, None] & m_second[None, :], other=0)
     if MASK == "boolean":
         return tl.where(b_mask != 0, 0.0, float("-inf"))
-    return b_mask.to(tl.float32) * 1.4426950408889634
+    return b_mask.to(tl.float32) * KERNEL_LOG2_E
 
 
 @triton.jit
@@ -166,7 +167,7 @@ def averaged_tile(
             p_logsumexp = logsumexp + i_b * stride_logsumexp_batch + i_h * stride_logsumexp_head
             b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
             b_key = load_head(p_key, stride_key_token, o_n, m_n, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_D)
-            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * KERNEL_LOG2_E
             b_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # (BLOCK_M, BLOCK_N)
             if MASK != "none":
                 p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head

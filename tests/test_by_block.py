@@ -14,7 +14,7 @@ import vitexplain
 from vitexplain import InputError, explainer
 from vitexplain.methods import TokenTM
 from vitexplain.testing import DenseReference
-from vitexplain.testing.families import FAMILIES
+from vitexplain.testing.families import FAMILY_CASES
 
 from .conftest import MODEL_SHAPES, build_model, images_for, relative_error
 from .test_cuda_graphs import Place, Recording
@@ -117,7 +117,7 @@ def test_it_is_replayed_from_a_graph(model, images, monkeypatch) -> None:
     assert torch.equal(found.by_block, expected)
 
 
-@pytest.mark.parametrize("case", [case for case in FAMILIES if case.is_text], ids=lambda case: case.family)
+@pytest.mark.parametrize("case", [case for case in FAMILY_CASES if case.is_text], ids=lambda case: case.family)
 def test_texts_have_a_map_of_tokens_for_each_block_and_nothing_for_padding(case) -> None:
     pytest.importorskip(case.package, reason=f"{case.package} is an extra, and is not installed")
     model, inputs = case.model(), case.inputs(batch=2)

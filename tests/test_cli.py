@@ -20,6 +20,7 @@ import vitexplain
 from vitexplain import visualize
 from vitexplain.cli import app
 from vitexplain.methods import REGISTRY, own_methods
+from vitexplain.models import FAMILIES
 
 Run = Callable[..., Result]
 
@@ -64,6 +65,25 @@ def test_one_photo(run, folder) -> None:
 def test_the_output_decides_the_format(run, folder, name: str) -> None:
     assert run("explain", "a.png", "--output", name).exit_code == 0
     assert (folder / name).stat().st_size > 1000
+
+
+def test_the_folder_of_a_picture_is_made(run, folder) -> None:
+    assert run("explain", "a.png", "--output", "deep/er/out.jpg").exit_code == 0
+    assert (folder / "deep" / "er" / "out.jpg").exists()
+
+
+def test_the_likeliest_classes(run) -> None:
+    record = json.loads(run("explain", "a.png", "--target", "top3", "--json").stdout)[0]
+    assert [entry["class"] for entry in record["target"]] == [entry["class"] for entry in record["top"][:3]]
+    contrast = json.loads(run("explain", "a.png", "--contrast", "--target", "top2", "--json").stdout)[0]
+    assert contrast["target"] == record["target"][:2]
+
+
+def test_one_method_with_several_options(run, folder) -> None:
+    record = json.loads(run("explain", "a.png", "-m", "gmar", "-m", "gmar:norm=l2", "--output", "o.npz", "--json").stdout)[0]
+    assert record["methods"] == ["gmar", "gmar:norm=l2"]
+    with np.load(folder / "o_gmar.npz") as one, np.load(folder / "o_gmar-norm-l2.npz") as other:
+        assert not np.array_equal(one["maps"], other["maps"])
 
 
 def test_a_directory_as_output_of_one_photo(run, folder) -> None:
@@ -125,20 +145,20 @@ def test_the_batch_size_does_not_change_the_result(run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "option", "expected"),
+    ("method", "expected"),
     [
-        ("tokentm", "aggregate=false", {"aggregate": False}),
-        ("tokentm", "necc_scale=1", {"necc_scale": "1"}),
-        ("gmar", "alpha=2", {"alpha": 2}),
-        ("rollout", "start_block=2", {"start_block": 2}),
-        ("iba", "relevance=gain", {"relevance": "gain"}),
+        ("tokentm:aggregate=false", {"aggregate": False}),
+        ("tokentm:necc_scale=1", {"necc_scale": "1"}),
+        ("gmar:alpha=2,norm=l2", {"alpha": 2, "norm": "l2"}),
+        ("rollout:start_block=2", {"start_block": 2}),
+        ("iba:relevance=gain", {"relevance": "gain"}),
     ],
 )
-def test_options_reach_the_method(run, monkeypatch, method: str, option: str, expected: dict[str, object]) -> None:
+def test_options_reach_the_method(run, monkeypatch, method: str, expected: dict[str, object]) -> None:
     seen = []
     save = vitexplain.Explanation.save
     monkeypatch.setattr(vitexplain.Explanation, "save", lambda self, *a, **k: (seen.append(self.options), save(self, *a, **k))[1])
-    result = run("explain", "a.png", "--method", method, "--option", option, "--output", "o.npz")
+    result = run("explain", "a.png", "--method", method, "--output", "o.npz")
     assert result.exit_code == 0, result.output
     assert expected.items() <= seen[0].items()
 
@@ -213,16 +233,19 @@ INPUT_ERRORS = {
     "model": (["a.png", "--model", "vit_tiny_patch16_22"], "unknown model .* did you mean .*vit_tiny_patch16_224"),
     "method": (["a.png", "--method", "tokentn"], "unknown method 'tokentn': did you mean tokentm"),
     "method twice": (["a.png", "-m", "gmar", "-m", "gmar"], "each method once"),
-    "option name": (["a.png", "--option", "lenght=true"], "unknown option of tokentm 'lenght': did you mean length"),
-    "option value": (["a.png", "--option", "length=maybe"], "option 'length' of tokentm: expected bool, received 'maybe'"),
-    "option form": (["a.png", "--option", "length"], "expected NAME=VALUE, received 'length'"),
+    "option name": (["a.png", "-m", "tokentm:lenght=true"], "unknown option of tokentm 'lenght': did you mean length"),
+    "option value": (["a.png", "-m", "tokentm:length=maybe"], "option 'length' of tokentm: expected bool, received 'maybe'"),
+    "option form": (["a.png", "-m", "tokentm:length"], "expected NAME=VALUE, received 'length'"),
     "class name": (["a.png", "--target", "catt"], "unknown class 'catt': did you mean cat"),
     "class index": (["a.png", "--target", "10"], "from 0 to 9, received 10"),
+    "too many classes": (["a.png", "--target", "top11"], "expected at most top10, .* received 'top11'"),
+    "top beside another": (["a.png", "-t", "top2", "-t", "cat"], "--target: expected 'top2' alone, received 2 targets"),
+    "contrast of more": (["a.png", "--contrast", "-t", "top3", "--model", "none"], "expected at most two classes .* 'top3'"),
     "weights missing": (["a.png", "--weights", "none.pth"], "weights: there is no file"),
     "weights bad": (["a.png", "--weights", "bad.pth"], "not a file of weights, or damaged"),
     "weights of another model": (["a.png", "--weights", "other.pth"], "does not fit model 'demo': missing"),
     "output suffix": (["a.png", "--output", "out.txt"], "output: expected a file ending in .png"),
-    "output folder absent": (["a.png", "--output", "absent/out.png"], "output: expected a file in an existing folder"),
+    "output folder in the way": (["a.png", "--output", "bad.jpg/out.png", "--model", "none"], "output: cannot make the folder"),
     "output file of many": (["a.png", "b.jpg", "--output", "out.png"], "expected a folder for several photos"),
     "output in the way": (["a.png", "b.jpg", "--output", "bad.jpg/maps"], "cannot make the folder"),
     "output not writable": (["a.png", "--output", "taken"], "cannot write .*Is a directory"),
@@ -233,7 +256,10 @@ INPUT_ERRORS = {
     "last block by block": (["a.png", "--by-block", "-m", "all", "-m", "cdam"], "several blocks, received 'cdam'"),
     "dense by block": (["a.png", "--by-block", "--backend", "dense"], "own kernels, received 'dense'"),
     "device": (["a.png", "--device", "tpu"], "device: expected one that is available here, received 'tpu'"),
-    "dtype": (["a.png", "--dtype", "int8"], "expected one of float32, bfloat16, float16, received 'int8'"),
+    "dtype": (
+        ["a.png", "--dtype", "int8"],
+        r"expected one of float32 \(fp32\), bfloat16 \(bf16\), float16 \(fp16\), received 'int8'",
+    ),
     "backend": (["a.png", "--backend", "numpy"], "backend: expected one of"),
 }
 
@@ -262,7 +288,8 @@ def test_cuda_without_a_gpu_is_refused(run) -> None:
         ["explain", "a.png", "--alpha", "1.5"],
         ["explain", "a.png", "--top", "x"],
         ["explian"],
-        ["list", "-x"],
+        ["methods", "-x"],
+        ["list"],
     ],
 )
 def test_usage_errors_have_exit_code_2(run, arguments: list[str]) -> None:
@@ -272,14 +299,48 @@ def test_usage_errors_have_exit_code_2(run, arguments: list[str]) -> None:
 
 
 def test_the_list_of_methods(run) -> None:
-    rows = json.loads(run("list", "--json").stdout)
+    rows = json.loads(run("methods", "--json").stdout)
     assert [row["name"] for row in rows] == list(REGISTRY)
     for row, info in zip(rows, vitexplain.methods(), strict=True):
         assert row["paper"] == info.paper
         assert row["cost"] == info.cost
         assert [option["name"] for option in row["options"]] == [option.name for option in info.options]
-    text = run("list").stdout
+    text = run("methods").stdout
     assert all(name in text for name in REGISTRY)
+
+
+def test_the_list_of_models(run) -> None:
+    listed = json.loads(run("models", "--json").stdout)
+    assert listed["families"] == [family.FAMILY for family in FAMILIES]
+    assert list(listed["names"]) == ["demo", "NAME", "transformers:NAME"]
+    text = run("models").stdout
+    assert all(name in text for name in (*listed["names"], "timm Eva"))
+
+
+@pytest.mark.parametrize("name", ["demo", "test_vit", "test_vit3.r160_in1k"])
+def test_a_model_that_is_explained(run, monkeypatch, name: str) -> None:
+    monkeypatch.setattr("vitexplain.hugging_face.within_reach", lambda: pytest.fail("nothing is to be downloaded"))
+    about = json.loads(run("models", name, "--json").stdout)
+    assert about["explained"]
+    assert (about["name"], about["family"]) == (name, "timm VisionTransformer")
+    assert {method for method, reason in about["methods"].items() if reason is None} >= {"gmar", "rollout"}
+    assert "explained by: " in run("models", name).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("resnet18", "convolutional"), ("vit_tiny_patch16_224.nope", None), ("eva02_tiny_patch14_224", "no class")],
+)
+def test_a_model_that_is_not_explained_has_its_reason(run, name: str, reason: str | None) -> None:
+    result = run("models", name)
+    if reason is None:
+        _one_line_error(result, "unknown model .* did you mean vit_tiny_patch16_224")
+        return
+    assert result.exit_code == 0
+    assert re.search(f"not explained: .*{reason}", result.stdout)
+    about = json.loads(run("models", name, "--json").stdout)
+    assert not about["explained"]
+    assert reason in about["reason"]
 
 
 def test_the_demo(run, folder) -> None:
@@ -299,10 +360,11 @@ def test_the_demo_without_scikit_image(run, monkeypatch) -> None:
 
 def test_help_and_version(run) -> None:
     assert run("--version").stdout == f"vitexplain {vitexplain.__version__}\n"
-    for command in ("explain", "list", "demo"):
+    for command in ("explain", "methods", "models", "protocols", "demo"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert command in result.stdout
+    assert "transformers:NAME" in run("explain", "--help").stdout
 
 
 @pytest.mark.usefixtures("folder")

@@ -89,7 +89,9 @@ def test_every_option_does_something(run, folder) -> None:
 
 
 def test_the_report_as_json_and_nothing_else(run) -> None:
-    result = run("photos", "--output", "maps.zarr", "--batch", "2", "--workers", "0", "--json", "--no-graph", "--device", "cpu")
+    result = run(
+        "photos", "--output", "maps.zarr", "--batch", "2", "--workers", "0", "--json", "--no-cuda-graph", "--device", "cpu"
+    )
     report = json.loads(result.stdout)
     assert (report["total"], report["ok"], report["unreadable"]) == (8, 7, 1)
     assert report["output"].endswith("maps.zarr")
@@ -119,7 +121,7 @@ def test_overwrite_begins_anew(run) -> None:
         (("photos", "--output", "maps.zarr", "--target", "topp"), "target: expected"),
         (
             ("photos", "--output", "maps.zarr", "--dtype", "fp8"),
-            "dtype: expected one of float32, bfloat16, float16, received 'fp8'",
+            "dtype: expected one of float32 (fp32), bfloat16 (bf16), float16 (fp16), received 'fp8'",
         ),
         (("photos", "--output", "maps.zarr", "--batch", "none"), "batch: expected a number or 'auto', received 'none'"),
         (("photos", "--output", "maps.zarr", "--split", "test"), "split: expected none"),

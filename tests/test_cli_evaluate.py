@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,8 @@ def test_protocols_are_listed_with_source_and_options() -> None:
         assert name in result.stdout
         for option in kind.options():
             assert f"{option.name}={option.default}" in result.stdout
+    listed = json.loads(CliRunner().invoke(app, ["protocols", "--json"]).stdout)
+    assert [row["name"] for row in listed] == list(PROTOCOLS)
+    for row, kind in zip(listed, PROTOCOLS.values(), strict=True):
+        assert row["source"] == kind.source
+        assert [option["name"] for option in row["options"]] == [option.name for option in kind.options()]

@@ -209,7 +209,7 @@ def test_an_image_that_a_run_has_not_come_to(run, make) -> None:
         (("--row", "0", "--method", "rolout"), "unknown method 'rolout': did you mean rollout"),
         (("--row", "0", "--target-index", "1"), "expected none, as one class was explained an image, received 1"),
         (("--row", "0", "--output", "a.txt"), "expected a file ending in .png, .*received 'a.txt'"),
-        (("--row", "0", "--output", "absent/a.png"), "cannot write 'absent/a.png': No such file"),
+        (("--row", "0", "--output", "photos/class_00/photo 0.jpg/a.png"), "cannot make the folder .*photo 0.jpg"),
         (("--row", "0", "--row", "1", "--output", "a.png"), "expected a folder for several images, received 'a.png'"),
         (("--row", "0", "--row", "1", "--output", "photos/class_00/photo 0.jpg/x"), "cannot make the folder .*Not a directory"),
         (("--row", "0", "--output", "maps.zarr"), "expected a place outside the store"),
@@ -221,6 +221,12 @@ def test_bad_requests_are_refused(run, make, folder, arguments: tuple[str, ...],
     before = sorted(folder.rglob("*"))
     _one_line_error(run("show", "maps.zarr", *arguments), message)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_the_folder_of_a_picture_is_made(run, make, folder) -> None:
+    make()
+    assert run("show", "maps.zarr", "--row", "0", "--output", "deep/er/a.png").exit_code == 0
+    assert (folder / "deep" / "er" / "a.png").exists()
 
 
 @pytest.mark.parametrize("command", [("show", "--row", "0"), ("summary",)])
@@ -366,14 +372,14 @@ def test_a_damaged_file_does_not_hide_the_rest(run, make, folder) -> None:
 
 def test_pictures_over_those_of_before(run, make, folder) -> None:
     make(methods={"a": (GRID, False), "b": (GRID, True)})
-    first = run("summary", "maps.zarr", "--output", "deep/pictures", "--images", "2")
+    first = run("summary", "maps.zarr", "--output", "deep/pictures", "--count", "2")
     assert first.exit_code == 0, first.output
     paths = [folder / "deep" / "pictures" / name for name in ("class_means.png", "contact_sheet.png")]
     assert first.stdout.splitlines()[-2:] == [str(path.relative_to(folder)) for path in paths]
     before = [path.read_bytes() for path in paths]
-    assert run("summary", "maps.zarr", "--output", "deep/pictures", "--images", "2").exit_code == 0
+    assert run("summary", "maps.zarr", "--output", "deep/pictures", "--count", "2").exit_code == 0
     assert [path.read_bytes() for path in paths] == before
-    assert run("summary", "maps.zarr", "--output", "deep/pictures", "--method", "b", "--images", "8").exit_code == 0
+    assert run("summary", "maps.zarr", "--output", "deep/pictures", "--method", "b", "--count", "8").exit_code == 0
     assert all(path.read_bytes() != content for path, content in zip(paths, before, strict=True))
     assert _size(paths[1])[1] > 800
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import timm
@@ -332,7 +334,7 @@ def test_nothing_is_looked_at_on_the_host_while_a_graph_is_captured(monkeypatch,
     explainer = vitexplain.Explainer(model, methods, rows=rows)
     target = torch.tensor([1, 2])
     expected = explainer.attribute(images, target)
-    for module in ("capture", "targets"):
+    for module in ("value_checks", "targets"):
         monkeypatch.setattr(f"vitexplain.{module}.unseen", lambda _device: True)
     with _NoLookOnTheHost():
         captured = explainer.attribute(images, target)
@@ -366,6 +368,24 @@ def test_without_checks_of_values_one_odd_image_shows_in_its_own_map_alone() -> 
     assert torch.isfinite(maps).flatten(1).all(1).tolist() == [True, False, True]
     with pytest.raises(InputError, match="expected finite values"):  # the next call looks again
         explainer.attribute(images)
+
+
+def test_one_call_takes_what_the_two_steps_take(model, images) -> None:
+    steps = [vitexplain.Explainer.__init__, vitexplain.Explainer.attribute]
+    taken = {name: parameter for step in steps for name, parameter in inspect.signature(step).parameters.items()}
+    found = inspect.signature(vitexplain.explain).parameters
+    assert {name: parameter.default for name, parameter in found.items()} == {
+        name: parameter.default for name, parameter in taken.items() if name != "self"
+    }
+    odd = images * float("nan")
+    with pytest.raises(InputError, match="expected finite values"):
+        vitexplain.explain(model, odd)
+    assert vitexplain.explain(model, odd, check_values=False).maps.isnan().all()
+    plain = vitexplain.explain(model, images)
+    assert torch.equal(vitexplain.explain(model, images, checkpoint=True).maps, plain.maps)
+    for name, refused in (("compile", "fast"), ("checkpoint", 1), ("cuda_graph", 1)):
+        with pytest.raises(InputError, match=f"^{name}: expected"):
+            vitexplain.explain(model, images, **{name: refused})
 
 
 def test_a_target_on_the_host_is_refused_while_a_graph_is_captured(monkeypatch) -> None:

@@ -10,11 +10,11 @@ import vitexplain
 from bench.coverage import COVERAGE, REFUSED, TIMM_MODELS, Pair, TimmModel, explain_timm_model, outcomes, read
 from vitexplain import InputError, UnsupportedModelError
 from vitexplain.models import read_anatomy
-from vitexplain.testing.families import FAMILIES, FamilyCase
+from vitexplain.testing.families import FAMILY_CASES, FamilyCase
 
 from .conftest import METHODS, all_tokens, relative_error
 
-CASES = {f"{case.package} {case.family}": case for case in FAMILIES}
+CASES = {f"{case.package} {case.family}": case for case in FAMILY_CASES}
 TRANSFORMERS = [name for name in CASES if name.startswith("transformers")]
 TEXTS = [name for name, case in CASES.items() if case.is_text]
 
@@ -231,5 +231,5 @@ def test_no_timm_model_of_a_supported_class_fails() -> None:
 
 
 def test_every_family_has_a_case() -> None:
-    families = {read_anatomy(case.model()).family for case in FAMILIES}
+    families = {read_anatomy(case.model()).family for case in FAMILY_CASES}
     assert families == {module.FAMILY for module in vitexplain.models.FAMILIES}

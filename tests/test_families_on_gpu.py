@@ -9,7 +9,7 @@ import torch
 
 import vitexplain
 from vitexplain.testing import DenseReference
-from vitexplain.testing.families import FAMILIES
+from vitexplain.testing.families import FAMILY_CASES
 
 from .conftest import METHODS, PLAIN_METHODS, all_tokens, relative_error, rms_error
 from .test_families import CASES, taken
@@ -61,7 +61,7 @@ def test_relevance_is_what_it_is_on_a_cpu(name: str) -> None:
 
 
 def test_the_same_map_by_triton_and_by_torch() -> None:
-    for case in FAMILIES:
+    for case in FAMILY_CASES:
         if case.package == "timm":
             model, images = case.model(torch.float32).cuda(), on_gpu(case.inputs(torch.float32))
             methods = taken(case, METHODS)
@@ -72,7 +72,7 @@ def test_the_same_map_by_triton_and_by_torch() -> None:
 
 
 def test_a_relevance_pass_can_be_captured_in_a_graph() -> None:
-    case = next(case for case in FAMILIES if case.package == "timm")
+    case = next(case for case in FAMILY_CASES if case.package == "timm")
     model, images = case.model(torch.float32).cuda(), on_gpu(case.inputs(torch.float32))
     methods = ["transformer_attribution", "lrp", "partial_lrp", "conservative_lrp", "legrad", "cdam"]
     explainer, target = vitexplain.Explainer(model, methods), torch.tensor([1, 2], device="cuda")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +18,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from vitexplain import ExplanationError, InputError, UnknownNameError
-from vitexplain.loading import DEMO, load_model, resolve_device
-from vitexplain.photos import load_photo, to_rgb
+from vitexplain.cli import app
+from vitexplain.hugging_face import data_config
+from vitexplain.loading import DEMO, LoadedModel, load_model, resolve_device
+from vitexplain.photos import load_photo
 from vitexplain.weights import read_state_dict
 
 TIMM_MODEL = "test_vit"  # timm's smallest: 160 × 160 pixels, patches of 16
@@ -221,6 +230,149 @@ def test_devices() -> None:
             load_model(DEMO, device=name)
 
 
+# -- models of transformers ---------------------------------------------------------------------------------------------
+
+PROCESSORS = {  # class: its settings
+    "ViTImageProcessor": {"size": {"height": 32, "width": 32}},
+    "DeiTImageProcessor": {"size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}},
+    "BitImageProcessor": {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}},
+}
+
+
+@pytest.fixture(scope="module")
+def vit_folder(tmp_path_factory) -> Path:
+    """A tiny ViT as ``save_pretrained`` writes it, without a processor."""
+    transformers = pytest.importorskip("transformers", reason="transformers is an extra, and is not installed")
+    torch.manual_seed(0)
+    names = dict(enumerate(("ant", "bee", "cat")))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**shape, image_size=32, patch_size=8, id2label=names)
+    folder = tmp_path_factory.mktemp("vit")
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def _with_processor(vit_folder: Path, folder: Path, kind: str = "ViTImageProcessor") -> Any:
+    """A copy of the model beside a processor, which is returned."""
+    import transformers
+
+    shutil.copytree(vit_folder, folder, dirs_exist_ok=True)
+    processor = getattr(transformers, kind)(**PROCESSORS[kind])
+    processor.save_pretrained(folder)
+    return processor
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_model_of_transformers_sees_what_its_processor_makes_of_a_photo(vit_folder, tmp_path, kind: str) -> None:
+    processor = _with_processor(vit_folder, tmp_path, kind)
+    loaded = load_model(f"transformers:{tmp_path}")
+    assert loaded.class_names == ("ant", "bee", "cat")
+    assert (loaded.num_classes, loaded.input_size, loaded.model.training) == (3, (32, 32), False)
+    rng = np.random.default_rng(0)
+    for size in ((60, 40), (40, 60), (300, 200)):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+        photo = coarse.resize(size, Image.Resampling.BICUBIC)
+        expected = torch.as_tensor(np.asarray(processor(photo, return_tensors="pt")["pixel_values"][0]))
+        assert (loaded.transform(photo) - expected).abs().max() < 0.03, size
+
+
+def test_a_model_of_transformers_on_the_command_line(vit_folder, tmp_path, pixels) -> None:
+    _with_processor(vit_folder, tmp_path)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    name, picture = f"transformers:{tmp_path}", tmp_path / "out.png"
+    arguments = ["explain", str(tmp_path / "photo.png"), "--model", name, "--target", "bee", "--output", str(picture), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)[0]["target"] == [{"class": 1, "name": "bee"}]
+    with Image.open(picture) as drawn:
+        assert drawn.width > drawn.height
+    about = json.loads(CliRunner().invoke(app, ["models", name, "--json"]).stdout)
+    assert (about["class"], about["blocks"], about["explained"]) == ("ViTForImageClassification", 2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        ({"resample": None}, {"interpolation": "bilinear"}),
+        ({"resample": 4}, {"interpolation": "box"}),
+        ({"size": 48}, {"input_size": (3, 48, 48), "crop_mode": "squash"}),
+        ({"size": 48, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}, {"input_size": (3, 32, 32)}),
+        ({"do_normalize": False}, {"mean": (0.0, 0.0, 0.0)}),
+    ],
+)
+def test_settings_of_processors(change: dict[str, Any], received: dict[str, Any]) -> None:
+    settings = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert received.items() <= data_config({**settings, **change}, "a").items()
+    del settings["resample"]
+    assert data_config(settings, "a")["interpolation"] == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"shortest_edge": 32}}, "resizes to a height and width, received size"),
+        ({"do_resize": False}, "resizes to a height and width"),
+        ({"rescale_factor": 1 / 127.5}, "rescales by 1/255, received 0.00784314"),
+        ({"image_mean": None}, "with image_mean and image_std"),
+        ({"resample": 9}, "resamples as Pillow does, received 9"),
+    ],
+)
+def test_a_processor_that_does_something_else_is_refused(change: dict[str, Any], message: str) -> None:
+    settings = {"size": {"height": 32, "width": 32}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    with pytest.raises(InputError, match=message):
+        data_config({**settings, **change}, "a")
+
+
+def test_models_of_transformers_that_cannot_be_had(vit_folder, tmp_path, monkeypatch) -> None:
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="cannot be had here: expected the name of an image classifier on the hub or its folder"):
+        load_model(f"transformers:{vit_folder}")  # no processor
+    with pytest.raises(InputError, match=r"model: there is no folder '.*absent'"):
+        load_model(f"transformers:{tmp_path / 'absent'}")
+    with pytest.raises(InputError, match=r"weights: expected none beside 'transformers:.*', .* received 'w.pth'"):
+        load_model(f"transformers:{vit_folder}", "w.pth")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r"needs Hugging Face transformers: pip install 'vitexplain\[transformers\]'"):
+        load_model(f"transformers:{vit_folder}")
+    assert time.perf_counter() - started < 30
+
+
+# -- models that one has ---------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_timms_that_one_has(state) -> None:
+    model = timm.create_model(TIMM_MODEL)
+    model.load_state_dict(state)
+    loaded = LoadedModel.of(model)
+    assert loaded.model is model
+    assert not model.training
+    assert (loaded.name, loaded.input_size, loaded.num_classes, loaded.class_names) == (
+        "VisionTransformer",
+        (160, 160),
+        1000,
+        None,
+    )
+    named = LoadedModel.of(model, class_names=map(str, range(1000)), name="mine")
+    assert (named.name, named.class_name(7)) == ("mine", "7")
+
+
+def test_a_model_that_one_has_needs_a_configuration(demo) -> None:
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(InputError, match=r"config: expected input_size, .* for Linear, which has no pretrained_cfg"):
+        LoadedModel.of(model)
+    with pytest.raises(InputError, match=r"config: expected input_size, .* received one without crop_mode"):
+        LoadedModel.of(model, config={key: value for key, value in demo.config.items() if key != "crop_mode"})
+    with pytest.raises(InputError, match=r"model: expected a torch\.nn\.Module, received str"):
+        LoadedModel.of("demo")
+    with pytest.raises(InputError, match="class_names: expected one for each of 10 classes, received 2"):
+        LoadedModel.of(demo.model, config=demo.config, class_names=("a", "b"))
+
+
+def test_another_way_to_the_inputs_shape_is_refused(demo) -> None:
+    with pytest.raises(InputError, match="resize: expected one of model, squash, received 'crop'"):
+        demo.preprocess("crop")
+
+
 # -- photos --------------------------------------------------------------------------------------------------------------
 
 
@@ -241,14 +393,16 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path) -> None:
         Image.fromarray(values).save(tmp_path / name)
         photo = np.asarray(load_photo(tmp_path / name)).astype(int)
         assert np.abs(photo - (values / 257)[..., None]).max() <= 1
-    thirty_two = to_rgb(Image.fromarray(values.astype(np.int32)))
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "photo.tif")
+    thirty_two = load_photo(tmp_path / "photo.tif")
     assert np.abs(np.asarray(thirty_two)[..., 0].astype(int) - values / 257).max() <= 1
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
-def test_floating_point_photos(top: float) -> None:
+def test_floating_point_photos(tmp_path, top: float) -> None:
     values = np.linspace(0, top, 100, dtype=np.float32).reshape(10, 10)
-    assert np.ptp(np.asarray(to_rgb(Image.fromarray(values))).astype(int)) == 255
+    Image.fromarray(values).save(tmp_path / "photo.tif")
+    assert np.ptp(np.asarray(load_photo(tmp_path / "photo.tif")).astype(int)) == 255
 
 
 def test_what_is_transparent_becomes_white(tmp_path) -> None:

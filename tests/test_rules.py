@@ -203,9 +203,9 @@ def test_conservative_lrp_is_complete_without_biases(shape: str, dtype: torch.dt
 
 
 def test_conservative_lrp_is_complete_with_gates() -> None:
-    from vitexplain.testing.families import FAMILIES
+    from vitexplain.testing.families import FAMILY_CASES
 
-    model = _without_biases(next(case for case in FAMILIES if "SwiGLU" in case.family and case.package == "timm").model())
+    model = _without_biases(next(case for case in FAMILY_CASES if "SwiGLU" in case.family and case.package == "timm").model())
     result = vitexplain.explain(model, torch.randn(2, 3, 32, 32, dtype=torch.float64), 3, method="conservative_lrp")
     torch.testing.assert_close(all_tokens(result).sum(1).double(), result.logits[:, 3], rtol=1e-5, atol=1e-6)
 

@@ -29,6 +29,7 @@ def one_method(model: nn.Module, images: Tensor) -> Image.Image:
     assert_type(Explainer(model), Explainer[Explanation])
     assert_type(Explainer(model, TokenTM(length=False), "torch", rows="all").attribute(images, [3, 4]).maps, Tensor)
     assert_type(explain(model, images, "top3", "gmar", norm="l2"), Explanation)
+    assert_type(explain(model, images, compile="default", checkpoint=True, check_values=False), Explanation)
     return explanation.overlay(np.zeros((32, 32, 3), np.uint8), index=0)
 
 
@@ -80,7 +81,7 @@ def a_data_set(folder: Path) -> Iterator[Tensor]:
     def watch(progress: Progress) -> None:
         print(progress)
 
-    assert_type(run(loaded, source, "tokentm", folder / "maps.zarr", progress=watch), Report)
+    assert_type(run(loaded, source, folder / "maps.zarr", "tokentm", progress=watch), Report)
     store = open_store(folder / "maps.zarr")
     assert_type(store, MapStore)
     assert_type(store.maps("a.png"), np.ndarray)
@@ -93,6 +94,6 @@ def a_data_set(folder: Path) -> Iterator[Tensor]:
 def an_evaluation(loaded: LoadedModel, source: Source, protocol: Protocol) -> Results:
     assert_type(PROTOCOLS["saco"], type[Protocol])
     try:
-        return evaluate(loaded, source, ["tokentm", "gmar"], ["perturbation", protocol], "out", resamples=100)
+        return evaluate(loaded, source, "out", ["tokentm", "gmar"], ["perturbation", protocol], bootstrap=100)
     except InputError:
-        return Evaluation(loaded, source, "gmar", "saco", "out").run()
+        return Evaluation(loaded, source, "out", "gmar", "saco").run()

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 PACKAGES = ("torch", "timm", "numpy")
 ABSENT = "absent"
@@ -23,6 +24,12 @@ def environment(device: torch.device, packages: tuple[str, ...] = PACKAGES, opti
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Python's version and those of packages, by name; ``"absent"`` for one that is not installed."""
     return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
+def with_used(packages: tuple[str, ...], model: nn.Module, **used: bool) -> tuple[str, ...]:
+    """``packages``, those of ``used`` that are in use, and transformers where the model is one of its own."""
+    used["transformers"] = "transformers" in type(model).__module__
+    return (*packages, *(name for name, is_used in used.items() if is_used))
 
 
 def _version(package: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from typing import Any, Generic, cast, overload
 
@@ -12,33 +11,22 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar  # with a default, as typing's has from Python 3.13 on
 
-from .capture import expect, expect_finite, looking_once, without_looking
 from .compiled import check_mode
 from .cuda_graphs import CannotBeCapturedError, GraphCache
 from .errors import InputError, UnsupportedModelError
+from .explaining import Run, expect_finite_logits
 from .explanation import TENSORS, Explanation
 from .kernels import BACKENDS as KERNEL_BACKENDS
 from .kernels import choose_backend
-from .kernels.dispatch import accumulation_dtype
 from .methods import CaptumMethod, ChainMethod, Method, MethodChoice, SeveralMethods, build_methods
 from .models import Anatomy, read_anatomy, unwrap
-from .relevance import (
-    Trace,
-    contribution_of_all_rows,
-    start_rows,
-    walk_with_gradient,
-    walk_with_relevance,
-    walk_without_gradient,
-)
-from .relevance_tap import RelevanceTap
-from .tap import Request, Running, Tap, frozen
-from .targets import Target, resolve_target, targets_of
+from .tap import Running
+from .targets import Score, resolve_target
+from .value_checks import expect, expect_finite, looking_once, without_looking
 
 BACKENDS = (*KERNEL_BACKENDS, "dense")
 ROWS = (None, "all", "by_block")
 REPLAYED_ON = "cuda"
-
-Score = Callable[[Tensor], Tensor]
 
 
 # What ``attribute`` gives: one explanation where one method was asked for, else one for each.
@@ -140,7 +128,7 @@ class Explainer(Generic[Found]):
         self.methods = list(dict.fromkeys(self.labels.values()))
         self.backend = backend
         self.rows = rows
-        self.compile_mode, self.checkpoint = check_mode(compile), _flag("checkpoint", checkpoint)
+        self.running = Running(check_mode(compile), _flag("checkpoint", checkpoint))
         self.anatomy = read_anatomy(model) if anatomy is None else _described(model, anatomy)
         self._several = not isinstance(method, str | Method)
         self._check_methods()
@@ -258,17 +246,10 @@ class Explainer(Generic[Found]):
             except RuntimeError as error:
                 raise InputError(str(error)) from error
 
-    def _check_output(self, output: Any, batch: int) -> Tensor:
-        expected = (batch, self.anatomy.num_classes)
-        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
-            received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UnsupportedModelError(f"model output: expected logits {expected}, received {received}")
-        _expect_finite_logits(output)
-        return output
-
     def _check_switches(self, cuda_graph: Any) -> None:
         """What is asked for is done, or refused."""
-        switches = {"compile": self.compile_mode, "checkpoint": self.checkpoint, "cuda_graph": _flag("cuda_graph", cuda_graph)}
+        running, cuda_graph = self.running, _flag("cuda_graph", cuda_graph)
+        switches = {"compile": running.compile_mode, "checkpoint": running.checkpoint, "cuda_graph": cuda_graph}
         foreign = [method.name for method in self.methods if isinstance(method, CaptumMethod)]
         for name in (name for name, value in switches.items() if value):
             if self.backend == "dense" or foreign:
@@ -276,7 +257,7 @@ class Explainer(Generic[Found]):
                 raise InputError(f"{name}: expected this library's own methods and kernels, received {received}")
         if self.rows == "by_block" and self.backend == "dense":
             raise InputError("rows='by_block': expected a backend of this library's own kernels, received 'dense'")
-        if self.compile_mode and all(method.rules is not None and not method.uses_gradient for method in self.methods):
+        if running.compile_mode and all(method.rules is not None and not method.uses_gradient for method in self.methods):
             named = ", ".join(method.name for method in self.methods)
             raise InputError(f"compile: expected a method without rules of its own for a relevance pass, received {named}")
         if cuda_graph and self.anatomy.is_text:
@@ -314,7 +295,7 @@ class Explainer(Generic[Found]):
         for label, method in self.labels.items():
             found = {name: tensors[f"{label}/{name}"] for name in TENSORS if f"{label}/{name}" in tensors}
             explanations[label] = Explanation(method.name, asdict(method), target=found.pop("target", None), **found)
-        _expect_finite_logits(next(iter(explanations.values())).logits)
+        expect_finite_logits(next(iter(explanations.values())).logits)
         return explanations
 
     # -- the two ways ------------------------------------------------------------------------------------------------
@@ -324,15 +305,27 @@ class Explainer(Generic[Found]):
             return self._dense(inputs, target)
         return self._matrix_free(inputs, target) if self._graphs is None else self._replayed(self._graphs, inputs, target)
 
+    def _run(self, inputs: Any, target: Any) -> Run:
+        return Run(
+            inputs,
+            target,
+            anatomy=self.anatomy,
+            methods=self.methods,
+            backend=self.backend,
+            rows=self.rows,
+            score=self.score,
+            running=self.running,
+        )
+
     def _matrix_free(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         with torch.inference_mode(False):
             if isinstance(inputs, Tensor):
                 inputs = inputs.clone() if inputs.is_inference() else inputs
-            run = _Run(self, inputs, target)
+            run = self._run(inputs, target)
             run.walk_beside_the_model()
             run.walk_with_rules()
             run.run_captum()
-        return {label: self._explanation(method, run) for label, method in self.labels.items()}
+        return {label: run.explanation(method) for label, method in self.labels.items()}
 
     def _dense(self, inputs: Any, target: Any) -> dict[str, Explanation]:
         from .testing.dense import DenseReference  # loads only where it is asked for
@@ -346,7 +339,7 @@ class Explainer(Generic[Found]):
             reference = DenseReference(self.anatomy.model, inputs)
         except NotImplementedError as error:
             raise UnsupportedModelError(f"backend 'dense': {error}") from error
-        run = _Run(self, inputs, target)
+        run = self._run(inputs, target)
         run.set_output(reference.logits)
         run.pooling = reference.pooling.unsqueeze(1)
         for method in self.methods:
@@ -355,222 +348,7 @@ class Explainer(Generic[Found]):
                 values = reference.explain(method.name, item.value, rows=self.rows, **options)
                 run.add(method, values if self.rows == "all" else values.unsqueeze(1))
         run.output = reference.logits.to(next(self.anatomy.model.parameters()).dtype)
-        return {label: self._explanation(method, run) for label, method in self.labels.items()}
-
-    def _explanation(self, method: Method, run: _Run) -> Explanation:
-        """Split values (B, K, R, n) into prefix tokens and the patch grid; pixels (B, K, 1, h, w) are a map already.
-
-        One row of the R is the map, unless there is one for each token or, of what the walk found, for each block.
-        """
-        assert run.output is not None, "every method has run the model"
-        values = torch.stack(run.values[method], 1).float()
-        if len(run.targets) > values.shape[1]:  # the same for every target
-            values = values.expand(-1, len(run.targets), *values.shape[2:])
-        found: dict[str, Tensor] = {}
-        if method.resolution == "pixels":
-            found["maps"], found["prefix_values"] = values.squeeze(2), values.new_empty(*values.shape[:2], 0)
-        else:
-            row = values[:, :, 0]
-            if self.rows == "all":
-                assert run.pooling is not None, "found by the walk"
-                assert run.pooling is not None, "read before the first walk"
-                found["contribution"], row = values, (run.pooling.float().unsqueeze(1) @ values).squeeze(2)  # (B, K, n)
-            found["maps"], found["prefix_values"] = run.patches(row), row[..., : self.anatomy.num_prefix_tokens]
-            if self.rows == "by_block":
-                found["by_block"] = run.patches(values)
-        if not run.has_target_axis:
-            found = {name: tensor[:, 0] for name, tensor in found.items()}
-        found = {name: tensor.contiguous() for name, tensor in found.items()}
-        assert run.output is not None, "found by the walk"
-        return Explanation(method.name, asdict(method), target=run.classes, logits=run.output.detach(), **found)
-
-
-class _Run:
-    """One call of ``attribute``: its inputs, what is explained of them, and the values found so far.
-
-    Attributes:
-        values: by method, one (B, R, n) or (B, 1, h, w) a target, or a single one where it is the same for all; R is 1, or the
-            number of tokens or of blocks where a row for each was asked for.
-        output: the model's.
-        classes, targets, has_target_axis: see ``targets_of``.
-        pooling: the head's pooling weights (B, 1, n).
-        grid: of patches; None for text.
-    """
-
-    def __init__(self, explainer: Explainer, inputs: Any, target: Any) -> None:
-        self.explainer, self.inputs, self.target = explainer, inputs, target
-        self.anatomy, self.methods, self.rows = explainer.anatomy, explainer.methods, explainer.rows
-        self.by_block = self.rows == "by_block"
-        self.values: dict[Method, list[Tensor]] = {}
-        self.output: Tensor | None = None
-        self.classes: Tensor | None = None
-        self.targets: list[Target] = []
-        self.has_target_axis = False
-        self.pooling: Tensor | None = None
-        self.grad_out: list[dict[int, Tensor]] = []
-        self.grid: tuple[int, int] | None = None
-        if self.anatomy.grid is None:
-            self.batch, num_patches = inputs["input_ids"].shape
-        else:
-            self.grid = self.anatomy.grid(*inputs.shape[-2:])
-            self.batch, num_patches = len(inputs), self.grid[0] * self.grid[1]
-        self.num_tokens = self.anatomy.num_prefix_tokens + num_patches
-
-    def add(self, method: Method, values: Tensor) -> None:
-        """Values of the next target."""
-        self.values.setdefault(method, []).append(values)
-
-    def patches(self, values: Tensor) -> Tensor:
-        """Values (…, n) of all tokens without those before the patches: (…, gh, gw), or (…, n) for text."""
-        patches = values[..., self.anatomy.num_prefix_tokens :]
-        return patches if self.grid is None else patches.unflatten(-1, self.grid)
-
-    def set_output(self, output: Any) -> Tensor:
-        """Take a forward's output; the first one decides what is explained."""
-        output = self.explainer._check_output(output, self.batch)
-        if self.output is None:
-            self.output = output.detach()
-            self.classes, self.targets, self.has_target_axis = targets_of(self.target, output, self.explainer.score)
-        return output
-
-    # -- beside the model's own backward -----------------------------------------------------------------------------
-
-    def walk_beside_the_model(self) -> None:
-        """The methods that need nothing but the model's forward and its gradient, in one pass of each."""
-        plain = [method for method in self.methods if method.rules is None and not isinstance(method, CaptumMethod)]
-        recorded = [method for method in self.methods if method.rules is not None and method.uses_gradient]
-        if not plain and not recorded:
-            return
-        request = self._request(plain, recorded)
-        keep_attention = self.rows == "all" or any(not method.uses_gradient for method in plain)
-        running = Running(self.explainer.compile_mode, self.explainer.checkpoint, keep_attention)
-        with Tap(self.anatomy, request, self.explainer.backend, running) as tap:
-            output = self.set_output(tap.forward(self.inputs))
-            trace = self._trace(tap)
-            if self.rows == "all":
-                chains = [method for method in plain if isinstance(method, ChainMethod)]  # others are refused
-                self._walk_all_rows(chains, tap, trace, output)
-            else:
-                self._walk(plain, tap, trace, output, record=bool(recorded))
-
-    def _request(self, plain: list[Method], recorded: list[Method]) -> Request:
-        num_blocks = len(self.anatomy.blocks)
-        return Request(
-            first_block=min(method.first_block(num_blocks) for method in plain + recorded),
-            gradient=bool(recorded) or any(method.uses_gradient for method in plain),
-            input_gradient=any(method.uses_input_gradient for method in plain),
-            attention_input_gradient=any(method.uses_attention_input_gradient for method in plain),
-            keep_reads=any(method.uses_reads for method in plain),
-            head_rows=self.rows != "all" and all(method.reads_head_rows for method in plain + recorded),
-            branches=any(method.uses_branches for method in plain),
-            observers=tuple(method for method in plain if method.observes),
-        )
-
-    def _trace(self, tap: Tap) -> Trace:
-        last = tap.blocks[-1].key
-        pooling, support = start_rows(tap, self.num_tokens, self.batch, last.dtype, last.device)
-        self.pooling = pooling if self.pooling is None else self.pooling
-        if self.rows == "all":
-            identity = torch.eye(self.num_tokens, dtype=pooling.dtype, device=pooling.device).expand(self.batch, -1, -1)
-            return Trace(self.anatomy, tap.blocks, identity, self.num_tokens)
-        return Trace(self.anatomy, tap.blocks, pooling, support)
-
-    def _walk(self, methods: list[Method], tap: Tap, trace: Trace, output: Tensor, *, record: bool) -> None:
-        """Values (B, 1, n), or (B, L, n) by block, of every method, sharing one backward for each target and explained score.
-
-        ``record``: the gradients of the logits are kept for methods that read them beside relevance.
-        """
-        by_score: dict[str, list[Method]] = {"logit": []} if record else {}
-        for method in methods:
-            if method.uses_gradient:
-                by_score.setdefault(method.explained_score, []).append(method)
-                continue
-            for target in self.targets if method.uses_target else self.targets[:1]:
-                self.add(method, walk_without_gradient(trace, method, target, by_block=self.by_block))
-        passes = [(score, target) for score in by_score for target in self.targets]
-        for number, (score, target) in enumerate(passes):
-            scalars = _scalars(output, target, score)
-            last = number == len(passes) - 1
-            recorded: dict[int, Tensor] | None = {} if record and score == "logit" else None
-            values = walk_with_gradient(
-                tap, trace, by_score[score], scalars, target, last=last, recorded=recorded, by_block=self.by_block
-            )
-            if recorded is not None:
-                self.grad_out.append(recorded)
-            for method, value in zip(by_score[score], values, strict=True):
-                self.add(method, value)
-
-    def _walk_all_rows(self, methods: list[ChainMethod], tap: Tap, trace: Trace, output: Tensor) -> None:
-        """The whole product (B, n, n) of every method, from the first block up."""
-        chains = [method for method in methods if isinstance(method, ChainMethod)]  # no other is let in with all rows
-        for method in chains:
-            if not method.uses_gradient:
-                self.add(method, contribution_of_all_rows(trace, method, {}))
-        scores = dict.fromkeys(method.explained_score for method in chains if method.uses_gradient)
-        passes = [(score, target) for score in scores for target in self.targets]
-        for number, (score, target) in enumerate(passes):
-            scalars = _scalars(output, target, score)
-            grad_out: dict[int, Tensor] = {}
-            walk_with_gradient(tap, trace, [], scalars, target, last=number == len(passes) - 1, recorded=grad_out)
-            for method in chains:
-                if method.uses_gradient and method.explained_score == score:
-                    self.add(method, contribution_of_all_rows(trace, method, grad_out))
-
-    # -- with rules of relevance -------------------------------------------------------------------------------------
-
-    def walk_with_rules(self) -> None:
-        """The methods that send relevance back: a forward under each set of rules, and a pass for each target."""
-        device = next(self.anatomy.model.parameters()).device
-        backend = choose_backend(self.explainer.backend, device)
-        by_rules: dict[tuple[str, torch.dtype], list[Method]] = {}
-        for method in self.methods:
-            if method.rules is not None:
-                by_rules.setdefault((method.rules, method.relevance_dtype(backend)), []).append(method)
-        for (rules, dtype), methods in by_rules.items():
-            first_block = min(method.first_block(len(self.anatomy.blocks)) for method in methods)
-            to_inputs = any(method.to_inputs for method in methods)
-            with RelevanceTap(
-                self.anatomy,
-                rules,
-                first_block=first_block,
-                to_inputs=to_inputs,
-                backend=self.explainer.backend,
-                dtype=dtype,
-                checkpoint=self.explainer.checkpoint,
-            ) as tap:
-                output = self.set_output(tap.forward(self.inputs))
-                assert self.output is not None, "set a line before"
-                assert self.output is not None, "just set, if not before"
-                self.output = self.output.to(next(self.anatomy.model.parameters()).dtype)
-                trace = self._trace(tap)
-                for number, target in enumerate(self.targets):
-                    last = number == len(self.targets) - 1
-                    grad_out = self.grad_out[number] if self.grad_out else {}
-                    values = walk_with_relevance(tap, trace, methods, output, target, grad_out, last=last, by_block=self.by_block)
-                    for method, value in zip(methods, values, strict=True):
-                        self.add(method, value)
-
-    # -- by captum ---------------------------------------------------------------------------------------------------
-
-    def run_captum(self) -> None:
-        """The adapters, which run the model as often as they like."""
-        methods = [method for method in self.methods if isinstance(method, CaptumMethod)]
-        if not methods:
-            return
-        with frozen(self.anatomy):
-            for method in sorted(methods, key=lambda method: not method.one_forward):
-                if self.output is None and not method.one_forward:
-                    with torch.no_grad():
-                        self.set_output(self.anatomy.run(self.inputs))
-                self.add(method, method.values(self.anatomy, self.inputs, partial(self._target, 0)))
-                for number in range(1, len(self.targets)):
-                    self.add(method, method.values(self.anatomy, self.inputs, partial(self._target, number)))
-
-    def _target(self, number: int, output: Tensor | None) -> Target:
-        """One of the targets; the first output of all decides what they are."""
-        if self.output is None:
-            self.set_output(output)
-        return self.targets[number]
+        return {label: run.explanation(method) for label, method in self.labels.items()}
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -578,15 +356,6 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name}: expected True or False, received {value!r}")
     return value
-
-
-def _expect_finite_logits(output: Tensor) -> None:
-    expect_finite(output, f"model output: expected finite logits, received NaN or infinity (model in {output.dtype})")
-
-
-def _of_label(tensors: Mapping[str, Tensor], label: str) -> dict[str, Any]:
-    """One explanation's tensors by the attributes' names, None where it has none."""
-    return {name: tensors.get(f"{label}/{name}") for name in TENSORS}
 
 
 def _described(model: nn.Module, anatomy: Anatomy) -> Anatomy:
@@ -614,6 +383,10 @@ def explain(
     rows: str | None = None,
     score: Score | str | None = None,
     anatomy: Anatomy | None = None,
+    compile: bool | str = False,
+    checkpoint: bool = False,
+    cuda_graph: bool = False,
+    check_values: bool = True,
     **options: Any,
 ) -> Explanation: ...
 @overload
@@ -627,6 +400,10 @@ def explain(
     rows: str | None = None,
     score: Score | str | None = None,
     anatomy: Anatomy | None = None,
+    compile: bool | str = False,
+    checkpoint: bool = False,
+    cuda_graph: bool = False,
+    check_values: bool = True,
     **options: Any,
 ) -> dict[str, Explanation]: ...
 def explain(
@@ -639,16 +416,62 @@ def explain(
     rows: str | None = None,
     score: Score | str | None = None,
     anatomy: Anatomy | None = None,
+    compile: bool | str = False,
+    checkpoint: bool = False,
+    cuda_graph: bool = False,
+    check_values: bool = True,
     **options: Any,
 ) -> Explanation | dict[str, Explanation]:
-    """Explain a batch of images or texts in one call; see ``Explainer`` and ``Explainer.attribute``."""
-    return Explainer(model, method, backend, rows=rows, score=score, anatomy=anatomy, **options).attribute(inputs, target)
+    """Explain a batch of images or texts in one call, without ever storing an attention map.
 
+    For many batches make an ``Explainer`` once: it takes the same arguments, and says more of each.
 
-def _scalars(output: Tensor, target: Target, score: str) -> Tensor:
-    """The explained scalar of each image, (B,): the target's value, or its class's probability."""
-    output = output.to(accumulation_dtype(output.dtype))
-    return target.probability(output) if score == "probability" else target.value(output)
+    Args:
+        model: a model of a known family, or any other with ``anatomy``; left as it was after the call, also after an exception.
+        inputs: images (B, c, h, w), as the model takes them: normalised, in the model's dtype, on its device; for a model of
+            text what its tokenizer returns, at least ``input_ids`` (B, n), with ``attention_mask`` where there is padding.
+        target: class to explain: None for the predicted one, an int, a list or tensor (B,), or (B, K) for several classes an
+            image, which share the forward; ``"top3"`` for the three with the largest logits. None where a ``score`` says what
+            is explained.
+        method: a name or ``Method``; or several, or a mapping of labels to them, which then share one forward and backward.
+            ``vitexplain.methods()`` lists them.
+        backend: ``"auto"``, ``"triton"``, ``"torch"``, or ``"dense"``, the float64 reference that stores every map. An explicit
+            choice is honoured or refused, never replaced.
+        rows: ``"all"`` also returns the whole n × n map of contributions of chain methods; ``"by_block"`` the map as it stands
+            after each block.
+        score: what is explained instead of a class logit: a differentiable function of the model's output (B, C) to (B,) or
+            (B, K). A string is the option of that name of the methods that have one.
+        anatomy: a description of the model, for one of no known family.
+        compile: run the model's blocks as ``torch.compile`` makes them: True, or one of its modes.
+        checkpoint: keep the input alone of every block but the last, and run it again when the gradient reaches it: a second
+            forward for a fraction of the memory.
+        cuda_graph: capture the explanation in a CUDA graph, as ``Explainer`` does, which gains by it in its later calls.
+        check_values: refuse images, logits and classes that are not finite or out of range; a GPU is waited for once, at the
+            end, and without it never.
+        **options: the methods' options; each goes to every named method that has it.
+
+    Returns:
+        One ``Explanation``, whose ``maps`` are (B, gh, gw), or (B, K, gh, gw) for K targets, and for texts (B, n) or (B, K, n);
+        or a dict by method name (or label) where several methods were asked for.
+
+    Raises:
+        UnsupportedModelError: the model, or a method on this model, cannot be explained; the message says why.
+        UnknownNameError: unknown method or option.
+        InputError: another argument that does not fit.
+    """
+    explainer = Explainer(
+        model,
+        method,
+        backend,
+        rows=rows,
+        score=score,
+        anatomy=anatomy,
+        compile=compile,
+        checkpoint=checkpoint,
+        cuda_graph=cuda_graph,
+        **options,
+    )
+    return explainer.attribute(inputs, target, check_values=check_values)
 
 
 __all__ = ["BACKENDS", "Explainer", "explain"]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import InputError
-from .heatmap import as_photo, blend, colorize, upsample
+from .heatmap import ALPHA, as_photo, blend, colorize, is_signed, upsample
 
 TENSORS = ("maps", "target", "logits", "prefix_values", "contribution", "by_block")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -48,7 +48,7 @@ class Explanation:
     @property
     def signed(self) -> bool:
         """Whether values below zero carry meaning (evidence against the class)."""
-        return bool((self.maps < 0).any())
+        return is_signed(self.maps)
 
     @property
     def is_text(self) -> bool:
@@ -105,7 +105,7 @@ class Explanation:
         return upsample(self.maps, size)
 
     def overlay(
-        self, image: object, *, index: int = 0, target_index: int = 0, alpha: float = 0.55, colormap: str | None = None
+        self, image: object, *, index: int = 0, target_index: int = 0, alpha: float = ALPHA, colormap: str | None = None
     ) -> Image.Image:
         """One image with its map laid over it, at the image's size.
 

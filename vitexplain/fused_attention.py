@@ -47,6 +47,9 @@ def attention_forward(
     """Fused attention of (B, H, m, dh), (B, H, n, dh), (B, H, n, dv) without dropout; output (B, H, m, dv).
 
     ``mask`` broadcasts to (B, H, m, n): boolean, True where a key takes part, or added to the scores.
+
+    Raises:
+        UnsupportedModelError: float64 on a GPU.
     """
     bias = None if mask is None else _bias(mask, query.dtype)
     if query.device.type == "cpu":

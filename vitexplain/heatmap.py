@@ -13,17 +13,27 @@ from .errors import InputError, unknown_name
 
 UNSIGNED_COLORMAP = "inferno"
 SIGNED_COLORMAP = "RdBu_r"
+ALPHA = 0.55  # a map's share of an overlay, where none is asked for
 # by whether a map is signed: its colour map, and what its ends mean
 SCALES = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "against the class", "for the class")}
 
 
 def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Bilinear up-sampling (align_corners False) of (…, gh, gw) to (…, height, width); an int is both."""
+    """Bilinear up-sampling (align_corners False) of (…, gh, gw) to (…, height, width) pixels; an int is both.
+
+    Raises:
+        InputError: a size that is none.
+    """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise InputError(f"size: expected a positive int or (height, width), received {sides}")
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     return F.interpolate(flat, size=sides, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *sides)
+
+
+def is_signed(maps: Tensor | np.ndarray) -> bool:
+    """Whether values below zero carry meaning, in maps of any shape: there are some."""
+    return bool((maps < 0).any())
 
 
 def min_max(maps: Tensor) -> Tensor:
@@ -38,7 +48,11 @@ def max_magnitude(maps: Tensor) -> Tensor:
 
 
 def check_colormap(name: str | None) -> None:
-    """Refuse a name that is no matplotlib colour map's: ``UnknownNameError``, with near ones."""
+    """Refuse a name that is no matplotlib colour map's.
+
+    Raises:
+        UnknownNameError: with near names.
+    """
     if name is not None and name not in matplotlib.colormaps:
         raise unknown_name("colour map", name, matplotlib.colormaps)
 
@@ -51,6 +65,9 @@ def colorize(
     Unsigned maps are min-max scaled and shown on a perceptually uniform scale; signed ones are scaled by their largest
     magnitude and shown on a diverging scale whose middle is zero. ``limits`` are values for the two ends of the scale instead,
     so that several maps can share one; what lies outside has the colour of the nearer end.
+
+    Raises:
+        UnknownNameError: no colour map has that name.
     """
     name = colormap or (SIGNED_COLORMAP if signed else UNSIGNED_COLORMAP)
     check_colormap(name)
@@ -68,12 +85,17 @@ def blend(
     photo: Image.Image,
     heat: Tensor,
     *,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     signed: bool = False,
     colormap: str | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """The photo with a map (gh, gw) laid over it, at the photo's size; ``alpha`` is the map's share, the rest as ``colorize``."""
+    """The photo with a map (gh, gw) laid over it, at the photo's size; ``alpha`` is the map's share, the rest as ``colorize``.
+
+    Raises:
+        InputError: an alpha beyond 0 to 1.
+        UnknownNameError: no colour map has that name.
+    """
     check_alpha(alpha)
     photo = photo.convert("RGB")
     enlarged = upsample(heat.float(), (photo.height, photo.width))
@@ -82,13 +104,21 @@ def blend(
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse a share that is none."""
+    """Refuse a share that is none.
+
+    Raises:
+        InputError: beyond 0 to 1.
+    """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha: expected 0 to 1, received {alpha}")
 
 
 def as_photo(image: object) -> Image.Image:
-    """A PIL image, an array (h, w, 3) uint8, or a tensor (3, h, w) uint8 or float in [0, 1], as a PIL image."""
+    """A PIL image, an array (h, w, 3) uint8, or a tensor (3, h, w) uint8 or float in [0, 1], as a PIL image.
+
+    Raises:
+        InputError: anything else, or values beyond [0, 1].
+    """
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3:

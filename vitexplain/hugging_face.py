@@ -16,7 +16,8 @@ from .errors import InputError
 from .messages import brief, quiet
 
 PREFIX = "transformers:"
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers, which processors store
+# by PIL's numbers, which processors store
+_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def transformers_model(name: str) -> tuple[nn.Module, dict[str, Any], tuple[str, ...] | None]:
@@ -28,20 +29,48 @@ def transformers_model(name: str) -> tuple[nn.Module, dict[str, Any], tuple[str,
     Raises:
         InputError: transformers is not installed, or the model or its processor cannot be had or understood.
     """
-    source = name.removeprefix(PREFIX)
+    source = _source(name)
+    with _fetching(name) as transformers:
+        model = transformers.AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
+    labels = model.config.id2label
+    return model, data_config(processor.to_dict(), name), tuple(str(labels[index]) for index in range(len(labels)))
+
+
+def untrained_transformers_model(name: str) -> nn.Module:
+    """The same classifier as its configuration alone makes it, on the meta device: it has no weights.
+
+    Raises:
+        InputError: transformers is not installed, or the configuration cannot be had or understood.
+    """
+    with _fetching(name) as transformers, torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(_source(name))
+        return transformers.AutoModelForImageClassification.from_config(config)
+
+
+def _source(name: str) -> str:
+    """The name on the hub, or the folder, of which no shell has expanded a ``~`` in the middle of a word."""
+    return os.path.expanduser(name.removeprefix(PREFIX))
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[Any]:
+    """transformers, without its bars and warnings; what goes wrong while it is used becomes one line."""
     try:
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        import transformers
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise InputError(
             f"model: {name!r} needs Hugging Face transformers: pip install 'vitexplain[transformers]' ({error})"
         ) from error
+    source = _source(name)
+    if (source.startswith((".", os.sep)) or source.count("/") > 1) and not os.path.isdir(source):
+        raise InputError(f"model: there is no folder {source!r}")
     shows_bars = transformers_logging.is_progress_bar_enabled()
     with quiet("huggingface_hub", "transformers"), within_reach():
         transformers_logging.disable_progress_bar()
         try:
-            model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-            processor = AutoImageProcessor.from_pretrained(source)
+            yield transformers
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the hub's client, its transport and damaged files have no common base
@@ -52,8 +81,6 @@ def transformers_model(name: str) -> tuple[nn.Module, dict[str, Any], tuple[str,
         finally:
             if shows_bars:
                 transformers_logging.enable_progress_bar()
-    labels = model.config.id2label
-    return model, data_config(processor.to_dict(), name), tuple(str(labels[index]) for index in range(len(labels)))
 
 
 def data_config(processor: dict[str, Any], name: str) -> dict[str, Any]:
@@ -63,17 +90,25 @@ def data_config(processor: dict[str, Any], name: str) -> dict[str, Any]:
         InputError: it does something that no timm transform does.
     """
     size, crops = processor.get("size") or {}, bool(processor.get("do_center_crop"))
+    if isinstance(size, int):  # as older files have it
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
     shape = (processor.get("crop_size") or {}) if crops else size
     if not processor.get("do_resize", True) or "height" not in shape:
         raise InputError(f"model: expected a processor of {name!r} that resizes to a height and width, received size {size}")
     scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     if abs(scale * 255 - 1) > 1e-3:
         raise InputError(f"model: expected a processor of {name!r} that rescales by 1/255, received {scale:.6g}")
+    resample = processor.get("resample")
+    interpolation = _INTERPOLATIONS.get(2 if resample is None else resample)
+    if interpolation is None:
+        raise InputError(f"model: expected a processor of {name!r} that resamples as Pillow does, received {resample!r}")
     normalises = processor.get("do_normalize", True)
+    if normalises and not (processor.get("image_mean") and processor.get("image_std")):
+        raise InputError(f"model: expected a processor of {name!r} with image_mean and image_std, received none")
     resized = size.get("shortest_edge") or size["height"]
     return dict(
         input_size=(3, shape["height"], shape["width"]),
-        interpolation=_INTERPOLATIONS[int(processor.get("resample", 2))],
+        interpolation=interpolation,
         crop_pct=shape["height"] / resized if crops else 1.0,
         crop_mode="center" if "shortest_edge" in size else "squash",
         mean=tuple(processor["image_mean"]) if normalises else (0.0, 0.0, 0.0),

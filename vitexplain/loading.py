@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, unknown_name
 from .heatmap import as_photo
-from .hugging_face import PREFIX, transformers_model, within_reach
+from .hugging_face import PREFIX, transformers_model, untrained_transformers_model, within_reach
 from .messages import brief, quiet
 from .models import unwrap
 from .weights import fill, float32_state, num_classes_of, read_state_dict
@@ -32,6 +32,11 @@ from .weights import fill, float32_state, num_classes_of, read_state_dict
 DEMO = "demo"
 DISPLAY_SIDE = 448
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESIZE = ("model", "squash")
+
+_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:", "timm/")  # names of models on a hub or in a folder
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 _DEMO_FILES = "demo_vit_cifar10"
 
@@ -92,6 +97,45 @@ class LoadedModel:
     config: Mapping[str, Any]
     class_names: tuple[str, ...] | None
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        config: Mapping[str, Any] | None = None,
+        class_names: Iterable[str] | None = None,
+        name: str | None = None,
+    ) -> LoadedModel:
+        """A model that one has already; it is put into evaluation mode and stays on its device.
+
+        Args:
+            model: of any family that is read, for RGB images.
+            config: timm's data configuration: ``input_size`` (3, h, w), ``interpolation``, ``crop_pct``, ``crop_mode``, ``mean``,
+                ``std``; None where the model is timm's and has its own.
+            class_names: one a class; None where they are not known.
+            name: how results call it; None for the name of its class.
+
+        Raises:
+            InputError: no module; no ``config`` for a model that has none, or one that lacks something; or names that are not one
+                a class.
+        """
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model: expected a torch.nn.Module, received {type(model).__name__}")
+        inside = unwrap(model)
+        kind, expected = type(inside).__name__, ", ".join(_PREPROCESSING)
+        if config is None:
+            if not getattr(inside, "pretrained_cfg", None):
+                raise InputError(f"config: expected {expected} for {kind}, which has no pretrained_cfg of timm's, received none")
+            config = timm.data.resolve_model_data_config(inside)
+        missing = [key for key in _PREPROCESSING if key not in config]
+        if missing:
+            raise InputError(f"config: expected {expected}, received one without {', '.join(missing)}")
+        names = None if class_names is None else tuple(class_names)
+        loaded = cls(name or kind, model.eval(), config, names)
+        if names is not None and loaded.num_classes != len(names):
+            raise InputError(f"class_names: expected one for each of {loaded.num_classes} classes, received {len(names)}")
+        return loaded
+
     @property
     def num_classes(self) -> int:
         """Width of the model's output."""
@@ -114,15 +158,10 @@ class LoadedModel:
         """Height and width of the model's input."""
         return tuple(self.config["input_size"][1:])
 
-    @property
-    def squashes(self) -> bool:
-        """Whether the whole photo is squeezed to the input's shape."""
-        return self.config.get("crop_mode") == "squash"
-
     @cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """From an RGB photo to the model's input (3, h, w), normalised, float32."""
-        return timm.data.create_transform(**self.config, is_training=False)
+        return self.preprocess().image
 
     @cached_property
     def _display(self) -> Display:
@@ -134,6 +173,9 @@ class LoadedModel:
         Args:
             resize: ``"model"``, as the model was trained, mostly with a crop; or ``"squash"``, the whole photo squeezed to the
                 input's shape, which is how localisation is measured.
+
+        Raises:
+            InputError: another word.
         """
         return Preprocess(resized(self.config, resize))
 
@@ -146,7 +188,16 @@ class LoadedModel:
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``"class 7"`` where names are not known."""
-        return self.class_names[index] if self.class_names else f"class {index}"
+        return class_name(self.class_names, index)
+
+    def settings(self, resize: str) -> dict[str, Any]:
+        """What results depend on, as JSON: name, hash of the weights, and preprocessing, of which ``resize`` is a part."""
+        return {
+            "name": self.name,
+            "weights_sha256": weights_hash(self.model),
+            "resize": resize,
+            "preprocessing": {name: self.config.get(name) for name in _PREPROCESSING},
+        }
 
     def class_index(self, text: str) -> int:
         """The class meant by an index or a name; upper and lower case, and which synonym of a name, do not matter.
@@ -231,8 +282,46 @@ def load_model(
     return LoadedModel(name, model, config, class_names)
 
 
+def untrained_model(name: str) -> nn.Module:
+    """The network of a name without pretrained weights, mostly on the meta device: for a look at what it is made of.
+
+    Args:
+        name: as of ``load_model``. Of a model on a hub the configuration is downloaded, and nothing else.
+
+    Raises:
+        UnknownNameError: no model has that name.
+        InputError: it cannot be built.
+    """
+    if name == DEMO:
+        return _demo(None, None)[0]
+    if name.startswith(PREFIX):
+        return untrained_transformers_model(name)
+    _check_name(name)
+    try:
+        with torch.device("meta"):
+            return _create(name, pretrained=False)
+    except InputError:  # it looks at its weights while they are made
+        return _create(name, pretrained=False)
+
+
+def class_name(names: Sequence[str] | None, index: int) -> str:
+    """The name of a class, or ``"class 7"`` where it is not known."""
+    return names[index] if names and index < len(names) else f"class {index}"
+
+
+def short_class_name(names: Sequence[str] | None, index: int) -> str:
+    """The same, up to the first comma: ImageNet's names are lists of synonyms."""
+    return class_name(names, index).partition(",")[0]
+
+
 def resized(config: Mapping[str, Any], resize: str) -> dict[str, Any]:
-    """A timm data configuration with ``"model"``, its own way to the input's shape, or ``"squash"``, the whole photo squeezed."""
+    """A timm data configuration with ``"model"``, its own way to the input's shape, or ``"squash"``, the whole photo squeezed.
+
+    Raises:
+        InputError: another word.
+    """
+    if resize not in RESIZE:
+        raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {resize!r}")
     return dict(config) if resize == "model" else {**config, "crop_mode": "squash", "crop_pct": 1.0}
 
 
@@ -258,9 +347,10 @@ def dtype_named(text: str, what: str = "dtype") -> torch.dtype:
     Raises:
         InputError: another name; the message begins with ``what``.
     """
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
+    name = _SHORT_DTYPES.get(text, text)
     if name not in DTYPES:
-        raise InputError(f"{what}: expected one of {', '.join(DTYPES)}, received {text!r}")
+        known = ", ".join(f"{whole} ({short})" for short, whole in _SHORT_DTYPES.items())
+        raise InputError(f"{what}: expected one of {known}, received {text!r}")
     return DTYPES[name]
 
 
@@ -322,7 +412,7 @@ def _timm(
 
 def _check_name(name: str) -> None:
     """Refuse a name that timm does not know; names of models on a hub or in a folder cannot be known beforehand."""
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:", "timm/")):
+    if name.startswith(_ELSEWHERE):
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -334,7 +424,7 @@ def _check_name(name: str) -> None:
 
 def _create(name: str, *, pretrained: bool, **options: Any) -> nn.Module:
     """``timm.create_model``, whose many ways to fail on the way to a hub become one line."""
-    with quiet("huggingface_hub", "timm"), within_reach() if pretrained else nullcontext():
+    with quiet("huggingface_hub", "timm"), within_reach() if pretrained or name.startswith(_ELSEWHERE) else nullcontext():
         try:
             return timm.create_model(name, pretrained=pretrained, **options)
         except torch.OutOfMemoryError:

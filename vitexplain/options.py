@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -68,6 +68,18 @@ def _check(owner: str, spec: Any, value: Any) -> None:
         raise InputError(f"{where}: expected at least {minimum}, received {value!r}")
 
 
+def checked_count(name: str, value: Any, least: int, unit: str = "") -> int:
+    """A whole number of what ``unit`` names.
+
+    Raises:
+        InputError: it is none, or less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        several = f"{unit}es" if unit.endswith("s") else unit and f"{unit}s"
+        raise InputError(f"{name}: expected {f'{least} or more {several}'.strip()}, received {value!r}")
+    return value
+
+
 # -- from text -----------------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +97,7 @@ def from_text(text: str, lookup: Callable[[str], type[T]]) -> T:
         key, value = split_pair(pair)
         if key in values:
             raise InputError(f"option {key!r} of {kind.name}: expected once, received twice in {text!r}")
-        values[key] = parse_value(key, value, [kind])
+        values[key] = _value(key, value, kind)
     return kind(**values)
 
 
@@ -97,16 +109,15 @@ def split_pair(pair: str) -> tuple[str, str]:
     return name, value
 
 
-def parse_value(name: str, text: str, kinds: Iterable[type[HasOptions]]) -> Any:
-    """A value in the type of the option of that name of any of ``kinds``; one that is not of its type stays text, to be refused.
+def _value(name: str, text: str, kind: type[HasOptions]) -> Any:
+    """A value in the type of the option of that name; one that is not of its type stays text, to be refused.
 
     Raises:
-        UnknownNameError: none of them has that option.
+        UnknownNameError: there is no such option.
     """
-    kinds = list(kinds)
-    known = {each.name: each.default for kind in kinds for each in kind.options()}
+    known = {each.name: each.default for each in kind.options()}
     if name not in known:
-        raise unknown_name(f"option of {', '.join(kind.name for kind in kinds)}", name, known)
+        raise unknown_name(f"option of {kind.name}", name, known)
     default = known[name]
     if isinstance(default, str):
         return text

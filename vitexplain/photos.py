@@ -112,12 +112,6 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
         raise InputError(f"{what}: cannot read {name}: {brief(error)}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: integers of 16 bits are scaled to 8, and what is transparent becomes white."""
-    rgb, _ = _to_rgb(image)
-    return rgb.copy() if rgb is image else rgb
-
-
 def _as_photo(image: Image.Image) -> Photo:
     rgb, conversion = _to_rgb(upright(image))
     if rgb is image:

@@ -71,14 +71,14 @@ class Rows:
 class Update:
     """One block's update map
 
-        U = diag(token_factors) · (residual · I + factor · Σ_h w_h φ(P_h, G_h) diag(c_h))
+        U = diag(row_factors) · (residual · I + factor · Σ_h w_h φ(P_h, G_h) diag(c_h))
 
     Attributes:
         phi: φ, a name that ``kernels.row_propagation`` knows.
         factor, residual: weights of the head average and of the identity.
         norm: w_h ∝ the ``"l1"`` or ``"l2"`` norm of G_h, with Σ_h w_h = 1; the plain mean where None.
         token_weights: c, (B, H, n).
-        token_factors: (B, n), what the block's MLP does to the rows of the map.
+        row_factors: (B, n), what the block's MLP does to the rows of the map.
     """
 
     phi: str = "p"
@@ -86,7 +86,7 @@ class Update:
     residual: float = 1.0
     norm: str | None = None
     token_weights: Tensor | None = None
-    token_factors: Tensor | None = None
+    row_factors: Tensor | None = None
 
 
 def uniform_rows(block: BlockTrace) -> Rows:
@@ -148,8 +148,8 @@ def propagate(
 
 def follow(rows: Rows, block: BlockTrace, update: Update, grad_out: Tensor | None) -> Rows:
     """r U: the running rows one block further down."""
-    if update.token_factors is not None:
-        rows = rows.scaled(update.token_factors)
+    if update.row_factors is not None:
+        rows = rows.scaled(update.row_factors)
     if update.norm == "l1" and rows.values.shape[1] == 1:
         moved, norms = _rows_and_norms(rows, block, update.phi, _needed(grad_out))
         average = _head_average(moved, _shares(norms), update.token_weights)
@@ -181,7 +181,7 @@ def compose(contribution: Tensor, block: BlockTrace, update: Update, grad_out: T
         grad_out=grad_out if needs_gradient else None,
         head_weights=_norm_weights(block, update, grad_out, contribution.shape[1]),
         token_weights=update.token_weights,
-        row_factors=update.token_factors,
+        row_factors=update.row_factors,
         mask=block.mask,
         factor=update.factor,
         residual=update.residual,
@@ -266,25 +266,40 @@ def _row_beside_backward(rows: Rows, block: BlockTrace, grad_out: Tensor, phi: s
 
 
 class WalkingMethod(Protocol):
-    """What the pass asks of a method; see ``methods.base.Method``."""
+    """What the pass asks of a method: a state, stepped from the last block to the first, and what values the last one gives."""
 
     name: ClassVar[str]
 
-    def start(self, trace: Trace, target: Target) -> Any: ...
-    def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any: ...
-    def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any: ...
-    def attention_input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any: ...
-    def finish(self, state: Any, trace: Trace) -> Tensor: ...
-    def first_block(self, num_blocks: int) -> int: ...
+    def start(self, trace: Trace, target: Target) -> Any:
+        """State before the last block."""
+
+    def step(self, state: Any, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Any:
+        """State after a block's attention; ``grad_out`` (B, H, n, dv), None in a walk without gradient."""
+
+    def input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:
+        """State after the gradient of a block's input is known, both (B, n, d)."""
+
+    def attention_input_step(self, state: Any, block: BlockTrace, tokens: Tensor, grad_tokens: Tensor) -> Any:
+        """State after the gradient of what the last block's attention is called with is known, both (B, n, d)."""
+
+    def finish(self, state: Any, trace: Trace) -> Tensor:
+        """(B, R, n) values of all tokens."""
+        ...
+
+    def first_block(self, num_blocks: int) -> int:
+        """The earliest block whose attention is looked at."""
+        ...
 
 
 M = TypeVar("M", bound=WalkingMethod)
 
 
-class ChainMethod(WalkingMethod, Protocol):
+class WalkingChain(WalkingMethod, Protocol):
     """A method whose map is a row of a product of update maps."""
 
-    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update: ...
+    def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:
+        """The block's update map; ``grad_out`` as of ``step``."""
+        ...
 
 
 class _Walk(Generic[M]):
@@ -360,13 +375,21 @@ def walk_with_gradient(
     recorded: dict[int, Tensor] | None = None,
     by_block: bool = False,
 ) -> list[Tensor]:
-    """One backward of ``scalars`` (B,), one per image; returns (B, R, n) values for each method.
+    """One backward over the model, beside which every method walks from the last block to the first.
 
     Args:
+        tap: of the model whose forward ``trace`` is; its leaves end the backward.
+        trace: that forward.
+        methods: those that walk.
+        scalars: (B,), what is explained of each image.
+        target: of which ``scalars`` are the values.
         last: no further backward over this forward will follow, so that its graph can go.
         recorded: takes the gradient (B, H, n, dv) of every tapped block's attention output, by the block's index: linear in the
             number of tokens.
-        by_block: (B, L, n) values instead, entry l as they stand when block l has been walked.
+        by_block: keep the values at every block.
+
+    Returns:
+        (B, R, n) for each method; by block (B, L, n), entry l as they stand when block l has been walked.
     """
     listener = _BackwardWalk(trace, methods, target, recorded, by_block=by_block)
     tap.listener = listener
@@ -437,8 +460,12 @@ class RelevanceMethod(WalkingMethod, Protocol):
 
     to_inputs: ClassVar[bool]
 
-    def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any: ...
-    def finish_at_inputs(self, inputs: Tensor, relevance: Tensor) -> Tensor: ...
+    def relevance_step(self, state: Any, trace: Trace, attention: AttentionRelevance, grad_out: Tensor | None) -> Any:
+        """State after relevance has reached a block's attention; ``grad_out`` as of ``step``."""
+
+    def finish_at_inputs(self, inputs: Tensor, relevance: Tensor) -> Tensor:
+        """Values (B, 1, h, w) or (B, 1, n), where ``to_inputs``, of what arrives at pixels (B, c, h, w) or tokens."""
+        ...
 
 
 class _RelevanceWalk(_Walk[RelevanceMethod]):
@@ -475,10 +502,20 @@ def walk_with_relevance(
     last: bool,
     by_block: bool = False,
 ) -> list[Tensor]:
-    """One relevance pass from the model's outputs (B, C); the values of each method.
+    """One relevance pass over the model, beside which every method walks from the last block to the first.
 
-    ``grad_out``: gradients of attention outputs by block index, for the methods that need them; ``by_block``: see
-    ``walk_with_gradient``.
+    Args:
+        tap: of the model whose forward, under its rules, ``trace`` is; its leaves end the pass.
+        trace: that forward.
+        methods: those that walk.
+        outputs: (B, C), of that forward, where relevance starts.
+        target: what is explained of the outputs.
+        grad_out: gradients (B, H, n, dv) of attention outputs by the block's index, for the methods that need them.
+        last: as of ``walk_with_gradient``.
+        by_block: as of ``walk_with_gradient``.
+
+    Returns:
+        As of ``walk_with_gradient``; for a method that sends relevance to the inputs what it makes of what arrives there.
     """
     listener = _RelevanceWalk(trace, methods, target, grad_out, by_block=by_block)
     tap.relevance_listener = listener
@@ -493,7 +530,7 @@ def walk_with_relevance(
     ]
 
 
-def contribution_of_all_rows(trace: Trace, method: ChainMethod, grad_out: dict[int, Tensor]) -> Tensor:
+def contribution_of_all_rows(trace: Trace, method: WalkingChain, grad_out: dict[int, Tensor]) -> Tensor:
     """The whole product C = U_L … U_1 C_0, (B, n, n): from the first block up, one launch a block."""
     contribution = trace.start_rows
     for block in trace.blocks[method.first_block(trace.num_blocks) :]:

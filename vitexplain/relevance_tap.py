@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capture import unseen
 from .errors import UnsupportedModelError
-from .fused_attention import attention_forward
+from .interception import SdpaMode
 from .kernels import relevance_backward
 from .models import Anatomy, BlockAnatomy
 from .rules import RuleMode, divide
-from .tap import BlockTrace, Request, Running, SdpaMode, Tap
+from .tap import BlockTrace, Request, Running, Tap, run_attention
+from .value_checks import unseen
 
 
 @dataclass
@@ -69,9 +69,7 @@ class RelevantAttention(torch.autograd.Function):
         tap: RelevanceTap,
         block: BlockTrace,
     ) -> Tensor:
-        out, state = attention_forward(query, key, value, block.scale, block.mask)
-        block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
-        block.logsumexp = state.logsumexp
+        out, _ = run_attention(query, key, value, block)
         ctx.save_for_backward(out)
         ctx.tap, ctx.block = tap, block
         return out

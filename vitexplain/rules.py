@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import UnsupportedModelError
-from .tap import SdpaMode
-
-GUARD = 1e-9
+from .interception import SdpaMode
+from .kernels.attention_relevance.common import GUARD
 
 Share = Callable[[Tensor], Sequence[Tensor | None]]
 

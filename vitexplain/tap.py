@@ -1,4 +1,4 @@
-"""Reading a running model: attention is intercepted, blocks are tapped, and nothing is left behind.
+"""Reading a running model: blocks are tapped, and nothing is left behind.
 
 While a ``Tap`` is open, every call of ``F.scaled_dot_product_attention`` inside a block goes through ``TappedAttention``:
 the library's fused forward and backward, with query, key, value, logsumexp and the output's gradient handed out.
@@ -16,15 +16,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .capture import unseen
 from .checkpoint import Checkpointed
 from .compiled import compiling, forward_replaced, reported, reporting, run_compiled
 from .errors import UnsupportedModelError
-from .fused_attention import attention_backward, attention_forward, leading_rows_backward
+from .fused_attention import AttentionState, attention_backward, attention_forward, leading_rows_backward
+from .interception import SdpaMode, as_autocast, broadcast_mask, causal_mask
 from .models import Anatomy, BlockAnatomy, ResidualBranches
+from .value_checks import unseen
 
 
 @dataclass
@@ -151,6 +151,24 @@ class GradientListener(Protocol):
         """The same of what the last block's attention module is called with."""
 
 
+def run_attention(query: Tensor, key: Tensor, value: Tensor, block: BlockTrace) -> tuple[Tensor, AttentionState]:
+    """Fused attention of a block, whose inputs and logsumexp the block's trace keeps.
+
+    Args:
+        query: (B, H, m, dh).
+        key: (B, H, n, dh).
+        value: (B, H, n, dv).
+        block: its ``scale`` and ``mask`` are set.
+
+    Returns:
+        The attention's output (B, H, m, dv), and what its backward needs.
+    """
+    out, state = attention_forward(query, key, value, block.scale, block.mask)
+    block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
+    block.logsumexp = state.logsumexp
+    return out, state
+
+
 class TappedAttention(torch.autograd.Function):
     """Fused attention whose backward reports the gradient of its output.
 
@@ -168,9 +186,7 @@ class TappedAttention(torch.autograd.Function):
         tap: Tap,
         block: BlockTrace,
     ) -> Tensor:
-        out, state = attention_forward(query, key, value, block.scale, block.mask)
-        block.query, block.key, block.value = query.detach(), key.detach(), value.detach()
-        block.logsumexp = state.logsumexp
+        out, state = run_attention(query, key, value, block)
         ctx.save_for_backward(query, key, value, out)
         ctx.state, ctx.tap, ctx.block = state, tap, block
         return out
@@ -195,43 +211,6 @@ class TappedAttention(torch.autograd.Function):
             arguments = (grad_out, query, key, value, out, ctx.state, block.scale)
             gradients = attention_backward(*arguments) if rows is None else leading_rows_backward(*arguments, rows)
         return *gradients, grad_anchor, None, None
-
-
-class SdpaMode(TorchFunctionMode):
-    """Offers every ``F.scaled_dot_product_attention`` call to a handler, which may decline it.
-
-    ``F.multi_head_attention_forward``, which would make that call out of sight, is taken apart.
-    """
-
-    def __init__(self, handler: Callable[..., Tensor | None]) -> None:
-        super().__init__()
-        self.handler = handler
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
-            return _intercepted(self, func, args, kwargs)
-        return self.other(func, args, kwargs)
-
-    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Any other call."""
-        return func(*args, **kwargs)
-
-
-@torch.compiler.disable
-def _intercepted(mode: SdpaMode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of attention. Where a block is being compiled, its code ends before this and goes on after it."""
-    if func is F.multi_head_attention_forward:
-        with mode:
-            return multi_head_attention(*args, **kwargs)
-    result = mode.handler(*args, **kwargs)
-    return mode.other(func, args, kwargs) if result is None else result
 
 
 class _BlockCall:
@@ -398,11 +377,11 @@ class Tap:
         if enable_gqa:  # every key head serves a group of query heads
             key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
         block.called = True
-        query, key, value = _autocast(query, key, value)
+        query, key, value = as_autocast(query, key, value)
         block.valid_tokens = self.valid_tokens
         if self.valid_tokens is not None:  # nobody attends to padding; without values it has no gradient of the map either
             value = value * self.valid_tokens[:, None, :, None].to(value.dtype)
-        block.mask = _mask(attn_mask, key) if not is_causal else _causal(query, key)
+        block.mask = causal_mask(query, key) if is_causal else broadcast_mask(attn_mask, key)
         block.scale = query.shape[-1] ** -0.5 if scale is None else scale
         rows = self.rows_read_of(block)
         if rows is None or self.request.branches or not self.request.head_rows:
@@ -659,104 +638,8 @@ def with_every_input(
     }
 
 
-def multi_head_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,  # noqa: ARG001
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,  # noqa: ARG001 - those of a fused attention do not exist
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    static_k: Tensor | None = None,
-    static_v: Tensor | None = None,
-    average_attn_weights: bool = True,  # noqa: ARG001
-    is_causal: bool = False,  # noqa: ARG001 - the mask is there as well
-) -> tuple[Tensor, None]:
-    """``F.multi_head_attention_forward`` written with ``F.linear`` and ``F.scaled_dot_product_attention``.
-
-    Takes and returns (n, B, d), as that function does, without weights.
-    """
-    for name, unusual in (("bias_k", bias_k), ("bias_v", bias_v), ("static_k", static_k), ("static_v", static_v)):
-        if unusual is not None:
-            raise UnsupportedModelError(f"nn.MultiheadAttention: expected {name}=None, received a tensor")
-    if add_zero_attn or query.dim() != 3:
-        what = "add_zero_attn=True" if add_zero_attn else f"unbatched inputs of shape {tuple(query.shape)}"
-        raise UnsupportedModelError(f"nn.MultiheadAttention: expected batched inputs without extra keys, received {what}")
-    if use_separate_proj_weight:
-        assert q_proj_weight is not None
-        assert k_proj_weight is not None
-        assert v_proj_weight is not None
-        weights: Sequence[Tensor] = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        assert in_proj_weight is not None
-        weights = in_proj_weight.chunk(3)
-    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-
-    def heads(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        projected = F.linear(tokens.transpose(0, 1), weight, bias)  # (B, n, d)
-        return projected.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-    queries, keys, values = (heads(*inputs) for inputs in zip((query, key, value), weights, biases, strict=True))
-    mask = _joined_masks(attn_mask, key_padding_mask, queries)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
-    out = F.linear(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
-    return out.transpose(0, 1), None
-
-
-def _joined_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """``nn.MultiheadAttention``'s masks, whose True means left out, as one to be added to the scores."""
-    total = None
-    if attn_mask is not None and attn_mask.dim() == 3:
-        attn_mask = attn_mask.unflatten(0, (query.shape[0], -1))
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[:, None, None]
-    for mask in (attn_mask, key_padding_mask):
-        if mask is None:
-            continue
-        if mask.dtype == torch.bool:
-            mask = query.new_zeros(()).masked_fill(mask, -torch.inf)
-        total = mask if total is None else total + mask
-    return total
-
-
-def _mask(mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """A mask with four dimensions, that broadcasts to (B, H, m, n)."""
-    if mask is None:
-        return None
-    mask = mask.detach()
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    return mask.expand(*mask.shape[:3], key.shape[2]) if mask.shape[-1] == 1 else mask
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-
-
 def _attach(stack: ExitStack, handle: torch.utils.hooks.RemovableHandle) -> None:
     stack.callback(handle.remove)
-
-
-def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    """What autocast would do to attention's inputs before the library's operator sees them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [tensor.to(dtype) for tensor in tensors]
 
 
 @contextmanager

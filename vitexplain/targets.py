@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .capture import expect, expect_finite, unseen
 from .errors import InputError
+from .value_checks import expect, expect_finite, unseen
+
+Score = Callable[[Tensor], Tensor]  # from outputs (B, C) to what is explained, (B,) or (B, K)
 
 _FORMS = "None, an int, a list or integer tensor (B,), (B, K) for several classes an image, or 'topK' for the K likeliest"
 
@@ -27,7 +29,7 @@ class Target:
     """
 
     classes: Tensor | None = None
-    score: Callable[[Tensor], Tensor] | None = None
+    score: Score | None = None
     column: int = 0
 
     def value(self, outputs: Tensor) -> Tensor:
@@ -43,9 +45,7 @@ class Target:
         return self.value(outputs.softmax(-1))
 
 
-def targets_of(
-    target: Any, outputs: Tensor, score: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor | None, list[Target], bool]:
+def targets_of(target: Any, outputs: Tensor, score: Score | None) -> tuple[Tensor | None, list[Target], bool]:
     """The classes (B,) or (B, K), None for a score; the explained scalars one by one; whether there is an axis of K.
 
     Raises:
@@ -68,7 +68,7 @@ def targets_of(
     return None, [Target(score=score, column=column) for column in range(num_columns)], values.dim() == 2
 
 
-def margin(first: int, second: int) -> Callable[[Tensor], Tensor]:
+def margin(first: int, second: int) -> Score:
     """A score: how much the logit of class ``first`` exceeds that of class ``second``."""
 
     def score(logits: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def margin(first: int, second: int) -> Callable[[Tensor], Tensor]:
     return score
 
 
-def similarity(embeddings: Tensor) -> Callable[[Tensor], Tensor]:
+def similarity(embeddings: Tensor) -> Score:
     """A score for models that embed: cosine similarity of an image's embedding to given ones.
 
     Args:

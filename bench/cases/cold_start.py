@@ -24,7 +24,7 @@ from ..record import Row, spread, unavailable
 from ..registry import EXPLANATION, MODEL_ITSELF, TORCH, TRITON, Case, Entry, Setting, Size, Unavailable
 
 METHOD, REPEATS = "tokentm", 3
-LIBRARIES, IMPORT, FIRST, SECOND = STEPS = (
+LIBRARIES, IMPORT, FIRST, SECOND = (
     "import torch and timm",
     "import vitexplain",
     "first explanation",

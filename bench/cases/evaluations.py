@@ -18,13 +18,14 @@ from vitexplain.evaluate import Evaluation
 from vitexplain.evaluate.batch import Batch, Classifier, RankedMaps
 from vitexplain.evaluate.protocols.base import counts_at, of_class, spans_first
 from vitexplain.evaluate.protocols.perturbation import VTRANM
+from vitexplain.evaluate.runner import DEFAULT_BATCHES
 from vitexplain.loading import LoadedModel
 from vitexplain.methods import own_methods
 from vitexplain.models import read_anatomy
 from vitexplain.sources import Source
 
-from ..data_set_runs import RUNS, data_folder, expect_data, made_photos, random_model
-from ..faithfulness import CASES
+from ..data_set_runs import RUNS, expect_data, made_photos, random_model
+from ..faithfulness import STUDIES, data_folder
 from ..record import Row, unavailable
 from ..registry import EVALUATION, Check, Entry, Prepared, Setting, Size, TimedCase, Unavailable, figure, ours
 
@@ -32,7 +33,6 @@ WHOLE = "perturbation of the predicted class, all methods and controls"
 METHOD, SUBSTRATE = "tokentm", "black"
 # As public scripts do it
 ONE_BY_ONE, STEP_BY_STEP = "one forward a step and photo", "one forward a step"
-FORWARD_BATCHES = {"cpu": 64, "cuda": 512}  # changed images in one forward
 LIMIT = 1e-4  # between the curves of two ways, float32
 WHOLE_TIMES = 2  # batches of a whole evaluation
 CURVES = 8  # photos of the one curve: image by image, step by step takes long everywhere
@@ -56,9 +56,9 @@ def photos_of(size: Size, device: torch.device) -> Iterator[tuple[LoadedModel, S
             yield random_model(size.model, device), made_photos(Path(folder), count, count)
         return
     expect_data(RUNS["photos"])
-    case = CASES["perturbation"]
-    model = case.load(data_folder(), "cpu")
-    yield model, case.source(data_folder(), model).select(slice(0, count))
+    study = STUDIES["perturbation"]
+    model = study.load(data_folder(), "cpu")
+    yield model, study.source(data_folder(), model).select(slice(0, count))
 
 
 @dataclass
@@ -141,7 +141,8 @@ class Evaluations(TimedCase):
             photos = [loaded.transform(source.sample(i).photo) for i in range(size.batch)]
         images = torch.stack(photos).to(setting.device)
         model = loaded.model.requires_grad_(False)
-        classifier = Classifier(read_anatomy(model), loaded.mean, loaded.std, FORWARD_BATCHES[setting.device.type])
+        _, forward_batch = DEFAULT_BATCHES["cpu" if setting.device.type == "cpu" else "gpu"]
+        classifier = Classifier(read_anatomy(model), loaded.mean, loaded.std, forward_batch)
         clean = classifier.log_probabilities(images).clone()
         batch = Batch(images, tuple(source.ids[: size.batch]), None, None, clean, classifier, 0)
         maps = Explainer(model, METHOD).attribute(images, batch.predicted.clone()).maps
@@ -167,14 +168,11 @@ def whole_evaluation(size: Size, device: torch.device) -> dict[str, float]:
     """What an evaluation says of its own pace; on a GPU after one of a single batch, which compiles and chooses kernels."""
     with photos_of(size, device) as (model, source):
         if device.type == "cuda":
-            _evaluated(model, source.select(slice(0, size.batch)), size, device)
-        return _evaluated(model, source, size, device)
+            _evaluated(model, source.select(slice(0, size.batch)), size)
+        return _evaluated(model, source, size)
 
 
-def _evaluated(model: LoadedModel, source: Source, size: Size, device: torch.device) -> dict[str, float]:
+def _evaluated(model: LoadedModel, source: Source, size: Size) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation(
-            model, source, own_methods(), ["perturbation"], folder, batch=size.batch,
-            forward_batch=FORWARD_BATCHES[device.type], dtype=size.dtype,
-        )  # fmt: skip
+        evaluation = Evaluation(model, source, folder, own_methods(), ["perturbation"], batch=size.batch, dtype=size.dtype)
         return evaluation.run().timing

@@ -15,7 +15,7 @@ from vitexplain.methods import REGISTRY, own_methods
 
 from ..measuring import let_go
 from ..providers import hooks, models, ours, peers
-from ..providers.gate import IMAGES, Gate
+from ..providers.gate import CHECKED_IMAGES, Gate
 from ..registry import (
     BASELINES,
     CAPTUM,
@@ -136,7 +136,7 @@ class PreparedExplanations(Prepared):
         if entry.baseline:
             return None
         if entry.provider == GRAD_CAM:
-            if not torch.isfinite(peers.grad_cam(self.rivals_model, self.images[:IMAGES])).all():
+            if not torch.isfinite(peers.grad_cam(self.rivals_model, self.images[:CHECKED_IMAGES])).all():
                 raise Unavailable("wrong: not finite")
             return None  # another map than any of ours
         wanted = asked(entry.work)

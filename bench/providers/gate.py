@@ -16,7 +16,7 @@ from ..registry import Check
 
 FLOAT32_TOLERANCE = 1e-5
 LARGEST_LIMIT = 0.2
-IMAGES = 2
+CHECKED_IMAGES = 2
 
 
 class Reference(Protocol):
@@ -50,7 +50,7 @@ class Gate:
         reference: Callable[[nn.Module, Tensor, torch.dtype], Reference] = DenseReference,
         exact: torch.dtype = torch.float64,
     ) -> None:
-        self.model, self.images = model, images[:IMAGES]
+        self.model, self.images = model, images[:CHECKED_IMAGES]
         self._made_of, self._exact = reference, exact
         self._values: dict[object, Tensor] = {}
 

@@ -4,7 +4,8 @@
     S_h[j] = Σ_i rows[i] · φ(P_h[i, j], G_h[i, j])
 
 P and G of a tile are what both need: a row step in a pass of its own makes them twice. Whether one pass beats the library's
-backward followed by ``row_propagation`` depends on device and shape; ``choose.py`` reads the measured decision.
+backward followed by ``row_propagation`` depends on device and shape; ``choose.py`` reads the measured decision. The gradients are
+made as in Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_mask, expect_same, expect_shape, register_operator
+from ..dispatch import accumulation_dtype, expect_attention, expect_mask, expect_same, expect_shape, register_operator
 from ..phi import expect_phi
 from .torch_tiles import attention_backward_tiles
 
@@ -60,18 +61,12 @@ def attention_backward(
     """
     expect_phi(phi)
     sizes: dict[str, int] = {}
-    expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
-    expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
-    expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
-    expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
+    expect_attention(query, key, value, logsumexp, sizes)
     expect_shape("rows", rows, ("B", "m"), sizes)
+    expect_same("rows", rows, "query", query, dtype=False)
     for name, tensor in (("out", out), ("grad_out", grad_out)):
         expect_shape(name, tensor, ("B", "H", "m", "dv"), sizes)
         expect_same(name, tensor, "query", query)
-    for name, tensor in (("key", key), ("value", value)):
-        expect_same(name, tensor, "query", query)
-    for name, tensor in (("logsumexp", logsumexp), ("rows", rows)):
-        expect_same(name, tensor, "query", query, dtype=False)
     mask = None if mask is None else expect_mask(mask, "query", query, sizes)
     return _operator(query, key, value, out, grad_out, logsumexp, rows, mask, float(scale), phi, norms, backend)
 

@@ -57,9 +57,13 @@ def read_decisions(path: Path = TABLE) -> list[Decision]:
 
 @contextmanager
 def forced(choice: str) -> Iterator[None]:
-    """Take one of the two ways whatever was measured (for measuring and testing)."""
+    """Take one of the two ways whatever was measured (for measuring and testing).
+
+    Raises:
+        ValueError: neither of the two.
+    """
     if choice not in (ONE_PASS, TWO_PASSES):
-        raise ValueError(f"unknown choice {choice!r}: expected {ONE_PASS!r} or {TWO_PASSES!r}")
+        raise ValueError(f"choice: expected {ONE_PASS!r} or {TWO_PASSES!r}, received {choice!r}")
     global _forced
     before, _forced = _forced, choice
     try:

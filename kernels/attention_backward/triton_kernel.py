@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..launch import launch, tile_config
 from ..triton_common import (
+    KERNEL_LOG2_E,
     LENGTHS,
     LOG2_E,
     check_dtype,
@@ -99,7 +100,7 @@ def attention_backward_kernel(
             m_m = o_m < num_queries
             b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
             b_grad_out = load_head(p_grad_out, stride_grad_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * KERNEL_LOG2_E
             b_delta = tl.load(delta + i_bh * num_queries + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
             b_rows = tl.load(rows + i_b * stride_rows_batch + o_m, mask=m_m, other=0.0)  # (BLOCK_M,)
             b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2  # (BLOCK_N, BLOCK_M)

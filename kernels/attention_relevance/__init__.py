@@ -6,7 +6,8 @@
     S_h[j] = Σ_i rows[i] · relu(G_ij R_P_ij)        G = grad_out vᵀ; Σ_i rows[i] · relu(R_P_ij) without a gradient
 
 b is the additive mask (a boolean one sets P to 0 instead), and a ⊘ b is a / (b + 1e-9) where b is not 0, else 0. The two halves
-are the share of each factor of a product. Softmax and scale hand relevance on as it is.
+are the share of each factor of a product. Softmax and scale hand relevance on as it is. Rules: Chefer, Gur and Wolf, "Transformer
+Interpretability Beyond Attention Visualization" (CVPR 2021).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_mask, expect_same, expect_shape, register_operator
+from ..dispatch import accumulation_dtype, expect_attention, expect_mask, expect_same, expect_shape, register_operator
 from .torch_tiles import relevance_backward_tiles, relevance_rows_tiles
 
 
@@ -91,14 +92,9 @@ def _checked(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``grad_out`` in query's dtype and the mask expanded, where all fit together."""
     sizes: dict[str, int] = {}
-    expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
-    expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
-    expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
+    expect_attention(query, key, value, logsumexp, sizes)
     expect_shape("ratio", ratio, ("B", "H", "m", "dv"), sizes)
-    expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
-    for name, tensor in (("key", key), ("value", value), ("ratio", ratio)):
-        expect_same(name, tensor, "query", query)
-    expect_same("logsumexp", logsumexp, "query", query, dtype=False)
+    expect_same("ratio", ratio, "query", query)
     if rows is not None:
         expect_shape("rows", rows, ("B", "m"), sizes)
         expect_same("rows", rows, "query", query, dtype=False)

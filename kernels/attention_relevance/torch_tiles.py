@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tiles import AttentionTiles, product
-
-STABILIZER = 1e-9
+from .common import GUARD
 
 
 def relevance_backward_tiles(
@@ -90,5 +89,5 @@ def _moved(
 
 def _stabilized(denominator: Tensor) -> Tensor:
     """What to divide by for ⊘, in place: infinity where the denominator is 0, so that the quotient is."""
-    denominator.masked_fill_(denominator == 0, torch.inf).add_(STABILIZER)
-    return denominator.masked_fill_(denominator == 0, STABILIZER)
+    denominator.masked_fill_(denominator == 0, torch.inf).add_(GUARD)
+    return denominator.masked_fill_(denominator == 0, GUARD)

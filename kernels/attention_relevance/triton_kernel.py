@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..launch import launch, tile_config
 from ..triton_common import (
+    KERNEL_LOG2_E,
     LENGTHS,
     LOG2_E,
     check_dtype,
@@ -30,15 +31,17 @@ from ..triton_common import (
     strides,
     with_unit_last_stride,
 )
+from .common import GUARD
 
+KERNEL_GUARD: tl.constexpr = tl.constexpr(GUARD)
 LARGEST_SPLIT = 8  # bounds the memory of the partial sums of E k
 
 
 @triton.jit
 def quotient(b_numerator, b_denominator):
-    """a ⊘ b = a / (b + 1e-9) where b is not 0, else 0."""
-    b_stable = b_denominator + 1e-9
-    b_stable = tl.where(b_stable == 0.0, 1e-9, b_stable)
+    """a ⊘ b = a / (b + guard) where b is not 0, else 0."""
+    b_stable = b_denominator + KERNEL_GUARD
+    b_stable = tl.where(b_stable == 0.0, KERNEL_GUARD, b_stable)
     return tl.where(b_denominator == 0.0, 0.0, b_numerator / b_stable)
 
 
@@ -89,7 +92,7 @@ def attention_relevance_kernel(
             m_m = o_m < num_queries
             b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
             b_ratio = load_head(p_ratio, stride_ratio_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+            b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * KERNEL_LOG2_E
             b_product = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M), Z
             b_scores = b_product * scale_log2
             if MASK != "none":

@@ -5,6 +5,9 @@
 
 For all rows at once, where ``row_propagation`` follows a few: tiles of U are made on the fly, averaged over heads, and
 multiplied at once, so that beside C and the result nothing is n × n, and nothing at all is H × n × n.
+
+Sources: attention rollout of Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (ACL 2020), and P·relu(G) of Chefer,
+Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers" (ICCV 2021).
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_mask, expect_same, expect_shape, register_operator
+from ..dispatch import (
+    accumulation_dtype,
+    expect_attention,
+    expect_gradient,
+    expect_mask,
+    expect_same,
+    expect_shape,
+    register_operator,
+)
 from ..phi import WITH_GRADIENT, expect_phi
 from .torch_tiles import contribution_map_tiles
 
@@ -34,7 +45,7 @@ def contribution_map(
     row_factors: Tensor | None = None,
     mask: Tensor | None = None,
     factor: float = 1.0,
-    residual: float = 1.0,
+    residual: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """diag(row_factors) · U · C of one attention layer.
@@ -65,25 +76,18 @@ def contribution_map(
     """
     expect_phi(phi)
     sizes: dict[str, int] = {}
-    expect_shape("query", query, ("B", "H", "n", "dh"), sizes)
-    expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
-    expect_shape("logsumexp", logsumexp, ("B", "H", "n"), sizes)
+    value, grad_out = expect_gradient(f"phi {phi!r}", value, grad_out) if phi in WITH_GRADIENT else (None, None)
+    expect_attention(query, key, value, logsumexp, sizes, queries="n")
     expect_shape("contribution", contribution, ("B", "n", "c"), sizes)
-    expect_same("key", key, "query", query)
-    if phi in WITH_GRADIENT:
-        if value is None or grad_out is None:
-            raise ValueError(f"phi {phi!r}: expected value and grad_out, received None")
-        for name, tensor in (("value", value), ("grad_out", grad_out)):
-            expect_shape(name, tensor, ("B", "H", "n", "dv"), sizes)
-            expect_same(name, tensor, "query", query)
-    else:
-        value = grad_out = None
+    if grad_out is not None:
+        expect_shape("grad_out", grad_out, ("B", "H", "n", "dv"), sizes)
+        expect_same("grad_out", grad_out, "query", query)
     shapes = {"head_weights": ("B", "H"), "token_weights": ("B", "H", "n"), "row_factors": ("B", "n")}
     weights = {"head_weights": head_weights, "token_weights": token_weights, "row_factors": row_factors}
     for name, weight in weights.items():
         if weight is not None:
             expect_shape(name, weight, shapes[name], sizes)
-    for name, other in {"logsumexp": logsumexp, "contribution": contribution, **weights}.items():
+    for name, other in {"contribution": contribution, **weights}.items():
         if other is not None:
             expect_same(name, other, "query", query, dtype=False)
     mask = None if mask is None else expect_mask(mask, "query", query, {**sizes, "m": sizes["n"]})

@@ -3,7 +3,8 @@
 L2: ‖G_h‖_F² = ⟨grad_out_hᵀ grad_out_h, value_hᵀ value_h⟩        two dh × dh Gram matrices, O(n·dh²)
 L1: Σ_ij |grad_out_h,i · value_h,j|                              the tiles of ``row_propagation`` with φ = |G|, O(n²·dh)
 
-Where a row is propagated through the same layer anyway, ``row_propagation_by_head`` gives the L1 norms in that pass.
+Where a row is propagated through the same layer anyway, ``row_propagation_by_head`` gives the L1 norms in that pass. Weights of
+heads by these norms are those of GMAR ("GMAR: Gradient-Driven Multi-Head Attention Rollout", 2025).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def head_norms(value: Tensor, grad_out: Tensor, *, norm: str = "l1", backend: st
         RuntimeError: Triton was asked for where it cannot run.
     """
     if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}: expected one of {', '.join(NORMS)}")
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, received {norm!r}")
     sizes: dict[str, int] = {}
     expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
     expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)

@@ -7,6 +7,9 @@
 with φ one of P (``"p"``), P·relu(G) (``"p_relu_g"``), P·G (``"p_g"``), relu(G) (``"relu_g"``), |G| (``"abs_g"``). Rows of
 queries that carry no weight need not be passed: with m query rows against n keys, ``rows`` is (B, K, m), so that a
 class-token row, which is one-hot, costs O(n·dh) instead of O(n²·dh).
+
+Sources: attention rollout of Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (ACL 2020), and P·relu(G) of Chefer,
+Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers" (ICCV 2021).
 """
 
 from __future__ import annotations
@@ -16,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulation_dtype, expect_mask, expect_same, expect_shape, register_operator
+from ..dispatch import (
+    accumulation_dtype,
+    expect_attention,
+    expect_gradient,
+    expect_mask,
+    expect_same,
+    expect_shape,
+    register_operator,
+)
 from ..phi import PHIS, WITH_GRADIENT, WITH_MAP, expect_phi
 from .torch_tiles import row_propagation_by_head_tiles, row_propagation_tiles
 
@@ -66,10 +77,7 @@ def row_propagation(
     """
     expect_phi(phi)
     sizes: dict[str, int] = {}
-    inputs = _checked(
-        query, key, logsumexp, value, grad_out, mask, sizes, uses_map=phi in WITH_MAP, uses_grad=phi in WITH_GRADIENT
-    )
-    query, key, logsumexp, value, grad_out, mask = inputs
+    query, key, logsumexp, value, grad_out, mask = _checked(query, key, logsumexp, value, grad_out, mask, sizes, phi)
     source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
     assert source is not None, "what a φ reads has been checked"
     expect_shape("rows", rows, ("B", "K", "m"), sizes)
@@ -133,10 +141,7 @@ def row_propagation_by_head(
     """
     expect_phi(phi)
     sizes: dict[str, int] = {}
-    query, key, logsumexp, value, grad_out, mask = _checked(
-        query, key, logsumexp, value, grad_out, mask, sizes,
-        uses_map=phi in WITH_MAP, uses_grad=phi in WITH_GRADIENT or norms,
-    )  # fmt: skip
+    query, key, logsumexp, value, grad_out, mask = _checked(query, key, logsumexp, value, grad_out, mask, sizes, phi, norms=norms)
     source_name, source = ("query", query) if phi in WITH_MAP else ("grad_out", grad_out)
     assert source is not None, "what a φ reads has been checked"
     expect_shape("rows", rows, ("B", "m"), sizes)
@@ -152,23 +157,19 @@ def _checked(
     grad_out: Tensor | None,
     mask: Tensor | None,
     sizes: dict[str, int],
+    phi: str,
     *,
-    uses_map: bool,
-    uses_grad: bool,
+    norms: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """The inputs, checked; those that φ does not read are None."""
+    """The inputs, checked; those that neither φ nor the norms of G read are None."""
+    uses_map, uses_grad = phi in WITH_MAP, phi in WITH_GRADIENT or norms
     if uses_map:
         if query is None or key is None or logsumexp is None:
             name = "query" if query is None else "key" if key is None else "logsumexp"
             raise ValueError(f"{name}: expected a tensor, received None")
-        expect_shape("query", query, ("B", "H", "m", "dh"), sizes)
-        expect_shape("key", key, ("B", "H", "n", "dh"), sizes)
-        expect_shape("logsumexp", logsumexp, ("B", "H", "m"), sizes)
-        expect_same("key", key, "query", query)
-        expect_same("logsumexp", logsumexp, "query", query, dtype=False)
+        expect_attention(query, key, None, logsumexp, sizes)
     if uses_grad:
-        if value is None or grad_out is None:
-            raise ValueError("this phi reads the gradient: expected value and grad_out, received None")
+        value, grad_out = expect_gradient(f"phi {phi!r}" if phi in WITH_GRADIENT else "norms", value, grad_out)
         expect_shape("grad_out", grad_out, ("B", "H", "m", "dv"), sizes)
         expect_shape("value", value, ("B", "H", "n", "dv"), sizes)
         expect_same("value", value, "grad_out", grad_out)

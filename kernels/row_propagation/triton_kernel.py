@@ -20,6 +20,7 @@ from ..launch import launch, tile_config
 from ..launch_table import TileConfig
 from ..phi import WITH_MAP
 from ..triton_common import (
+    KERNEL_LOG2_E,
     LENGTHS,
     LOG2_E,
     SMALLEST_PRODUCT,
@@ -82,7 +83,7 @@ def single_row_kernel(
             b_grad = b_map
             if USE_MAP:
                 b_query = load_head(p_query, stride_query_token, o_m, m_m, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_D)
-                b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * 1.4426950408889634
+                b_lse = tl.load(p_logsumexp + o_m, mask=m_m, other=float("inf")).to(tl.float32) * KERNEL_LOG2_E
                 b_scores = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2  # (BLOCK_N, BLOCK_M)
                 if MASK != "none":
                     p_mask = mask + i_b * stride_mask_batch + i_h * stride_mask_head

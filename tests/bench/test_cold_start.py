@@ -55,6 +55,7 @@ def test_kernels_that_were_not_compiled_ahead_are_named(monkeypatch) -> None:
     compiling = "import os, pathlib; pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'single_row.cubin').touch(); print([1, 2, 3])"
     assert cold_start.one_process(compiling) == [1, 2, 3], "at first use it may"
     monkeypatch.setattr(cold_start, "EXPLAINING", compiling)
+    monkeypatch.setattr(cold_start, "IMPORTING", "print([1.0])")  # what it is of is measured above
     with pytest.raises(Unavailable, match="not compiled ahead: single_row"):
         cold_start.steps(TINY, "cpu", {cold_start.IMAGES: "somewhere"})
     monkeypatch.setattr(CASE, "_steps", lambda *_: cold_start.steps(TINY, "cpu", {cold_start.IMAGES: "somewhere"}))

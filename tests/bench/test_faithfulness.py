@@ -1,4 +1,4 @@
-"""The faithfulness cases: what they ask for, and what was found."""
+"""The faithfulness studies: what they ask for, and what was found."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vitexplain.evaluate.results import Results
 from vitexplain.methods import method_from_text, own_methods
 
 
-@pytest.mark.parametrize("name", faithfulness.CASES)
-def test_every_faithfulness_case_asks_for_what_there_is_and_has_results(name: str) -> None:
-    case = faithfulness.CASES[name]
-    protocols = build_protocols(case.protocols)
-    methods = {text: method_from_text(text) for text in case.methods or own_methods()}
+@pytest.mark.parametrize("name", faithfulness.STUDIES)
+def test_every_faithfulness_study_asks_for_what_there_is_and_has_results(name: str) -> None:
+    study = faithfulness.STUDIES[name]
+    protocols = build_protocols(study.protocols)
+    methods = {text: method_from_text(text) for text in study.methods or own_methods()}
     results = Results.read(faithfulness.FAITHFULNESS / name / "results.json")
     assert list(results.settings["protocols"]) == list(protocols)
     assert {label for label, entry in results.methods.items() if entry.kind == "method"} <= set(methods)
@@ -32,12 +32,12 @@ def test_controls_lose_in_the_committed_tables(name: str) -> None:
         assert not {"random", "negated tokentm"} & set(column.contenders), column.title
 
 
-def test_a_faithfulness_case_runs_from_any_folder_of_data(shared, tmp_path, monkeypatch) -> None:
+def test_a_faithfulness_study_runs_from_any_folder_of_data(shared, tmp_path, monkeypatch) -> None:
     folder = shared("data/cifar10_exact_test1017.npz").parent
     monkeypatch.setattr(faithfulness, "WORK", tmp_path / "work")
     monkeypatch.setattr(faithfulness, "FAITHFULNESS", tmp_path / "results")
-    small = dataclasses.replace(faithfulness.CASES["cifar10"], methods=("rollout",), images=":3", settings={})
-    monkeypatch.setitem(faithfulness.CASES, "cifar10", small)
+    small = dataclasses.replace(faithfulness.STUDIES["cifar10"], methods=("rollout",), images=":3", settings={})
+    monkeypatch.setitem(faithfulness.STUDIES, "cifar10", small)
     faithfulness.run("cifar10", folder, "cpu")
     assert Results.read(tmp_path / "results" / "cifar10" / "results.json").timing["images"] == 3
     assert (tmp_path / "work" / "cifar10" / "report.html").exists()

@@ -81,7 +81,7 @@ def test_nothing_is_drawn_of_what_was_not_measured(results, capsys) -> None:
 @pytest.mark.parametrize("drawing", [plot.time_over_tokens, plot.memory_over_tokens])
 def test_where_a_rival_is_out_of_memory_is_marked(drawing: plot.Drawing) -> None:
     figure = drawing([*made_rows.resolution(full_from=1025)])
-    assert _marks(figure) == [(1025, plot.colour(DENSE))], "once, at the smallest"
+    assert _marks(figure) == [(1025, plot.color_of(DENSE))], "once, at the smallest"
     assert _texts(figure).count("out of memory") == 1
     assert _marks(drawing([*made_rows.resolution(full_from=9999)])) == []
 
@@ -126,20 +126,20 @@ def test_operations_stand_under_the_measured_roof() -> None:
 
 
 def test_a_provider_has_one_colour() -> None:
-    colours = [plot.colour(name) for name in (TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, MODEL_ITSELF)]
-    assert len(set(colours)) == len(colours)
+    colors = [plot.color_of(name) for name in (TORCH, TRITON, DENSE, CAPTUM, GRAD_CAM, MODEL_ITSELF)]
+    assert len(set(colors)) == len(colors)
     for provider in (TORCH, TRITON):
-        assert plot.colour(f"{provider}, compiled, CUDA graph") == plot.colour(provider)
-    assert plot.colour(f"{DENSE}, frozen parameters") == plot.colour(DENSE)
-    assert plot.colour(f"{COLREDUCE} (naive)") == plot.colour(COLREDUCE) != plot.OTHER
-    assert plot.colour("somebody else, compiled") == plot.OTHER
+        assert plot.color_of(f"{provider}, compiled, CUDA graph") == plot.color_of(provider)
+    assert plot.color_of(f"{DENSE}, frozen parameters") == plot.color_of(DENSE)
+    assert plot.color_of(f"{COLREDUCE} (naive)") == plot.color_of(COLREDUCE) != plot.OTHER
+    assert plot.color_of("somebody else, compiled") == plot.OTHER
 
 
 def test_variants_are_dashed_in_the_colour_of_their_provider() -> None:
     (axes,) = plot.time_over_tokens([*made_rows.resolution()]).axes
     lines = {line.get_label().partition("  ")[0]: line for line in axes.lines}
     plain, variant = lines[f"tokentm, {TORCH}"], lines[f"tokentm, {TORCH}, checkpointed"]
-    assert plain.get_color() == variant.get_color() == plot.colour(TORCH)
+    assert plain.get_color() == variant.get_color() == plot.color_of(TORCH)
     assert (plain.get_linestyle(), variant.get_linestyle()) == ("-", "--")
     assert lines[f"tokentm, {DENSE}"].get_linestyle() == "-"
 
@@ -158,7 +158,7 @@ def test_bars_of_variants_are_hatched_each_in_its_own_way() -> None:
         rows += [replace(row, provider=f"{TORCH}, {variant}") for row in rows if (row.work, row.provider) == ("tokentm", TORCH)]
     figure = plot.methods(rows)
     (axes,) = figure.axes
-    ours = [bar for bar in axes.patches if bar.get_facecolor() == to_rgba(plot.colour(TORCH))]
+    ours = [bar for bar in axes.patches if bar.get_facecolor() == to_rgba(plot.color_of(TORCH))]
     assert len({bar.get_hatch() for bar in ours}) == len(ours) == 3
     assert {TORCH, f"{TORCH}, compiled", f"{TORCH}, CUDA graph"} <= set(_texts(figure))
 

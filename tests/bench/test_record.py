@@ -87,7 +87,7 @@ def test_devices_are_folders_with_results(results) -> None:
     (record.RESULTS / "faithfulness").mkdir()
     assert devices() == ["cpu", "nvidia-h200"]
     assert read_rows(results_path("cpu")) == [COMMON]
-    assert record.device_name(torch.device("cpu")) == "cpu"
+    assert record.device_folder(torch.device("cpu")) == "cpu"
 
 
 def test_a_figure_stays_where_now_it_could_not_be_had_and_goes_where_now_it_is_bad(tmp_path) -> None:

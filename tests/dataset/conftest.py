@@ -16,6 +16,10 @@ from PIL import Image
 
 from vitexplain.loading import LoadedModel, load_model
 
+from . import forked
+
+Program = subprocess.Popen[str] | forked.Forked
+
 NUM_PHOTOS = 45
 SOON = 60.0  # seconds that a busy machine may take for what it does at once
 
@@ -58,12 +62,12 @@ def in_session(arguments: Sequence[object], folder: Path, inside: Sequence[objec
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"},
+        env=forked.environment(),
         start_new_session=True,
     )
 
 
-def session(leader: subprocess.Popen[str]) -> list[psutil.Process]:
+def session(leader: Program) -> list[psutil.Process]:
     """The processes of a session that run, also when its leader has ended."""
     found = []
     for process in psutil.process_iter():

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vitexplain.dataset.store import Layout, Row, ShardContent, StoreWriter
+from vitexplain.dataset.layout import Layout, Row, ShardContent
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.sources import Source, open_source
 
 NAMES = ("tench, Tinca tinca", "cost in $ or $_{x}^2", "crane", "crane")

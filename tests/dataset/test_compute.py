@@ -232,7 +232,7 @@ def test_settings_tell_all_that_the_maps_depend_on(plan) -> None:
     ):
         changed = replace(plan, **change).settings(4, 16)
         assert [name for name in settings if settings[name] != changed[name]] == [where]
-    assert replace(plan, workers=3, graph=False).settings(4, 16) == settings, "how fast does not matter"
+    assert replace(plan, workers=3, cuda_graph=False).settings(4, 16) == settings, "how fast does not matter"
     assert {"vitexplain", "torch", "timm", "pillow", "zarr"} <= set(settings["versions"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,8 @@ from vitexplain.dataset.store import StoreWriter
 from vitexplain.errors import InputError, UnknownNameError
 from vitexplain.loading import LoadedModel, load_model
 from vitexplain.sources import Source, open_source
+
+from . import forked
 
 COUNT = 23
 UNREADABLE = {4: b"", 11: b"GIF89a no picture"}
@@ -57,7 +60,7 @@ def source(folder, demo) -> Source:
 def run(
     model: LoadedModel, source: Source | Path, output: Path, methods: object = ("tokentm", "iba"), **settings
 ) -> dataset.Report:
-    return dataset.run(model, source, methods, output, **{"batch": 4, "shard": 8, "workers": 0, **settings})
+    return dataset.run(model, source, output, methods, **{"batch": 4, "shard": 8, "workers": 0, **settings})
 
 
 def files(output: Path) -> dict[str, bytes]:
@@ -228,7 +231,7 @@ def test_changed_options_are_refused_and_nothing_is_damaged(demo, source, tmp_pa
 def test_what_decides_only_how_fast_may_change(demo, source, tmp_path) -> None:
     output = tmp_path / "maps.zarr"
     run(demo, source, output)
-    assert run(demo, source, output, workers=1, graph=False).images == 0
+    assert run(demo, source, output, workers=1, cuda_graph=False).images == 0
 
 
 def test_the_batch_of_a_store_that_stands_is_kept_where_it_is_to_be_found(demo, source, tmp_path) -> None:
@@ -266,7 +269,7 @@ def test_a_second_run_into_one_store_is_refused(demo, source, tmp_path) -> None:
         ({"shard": "8"}, "shard: expected 1 or more images, received '8'"),
         ({"workers": "2"}, "workers: expected 0 or more processes, received '2'"),
         ({"actors": "2", "engine": "ray"}, "actors: expected 1 or more actors, received '2'"),
-        ({"graph": "no"}, "graph: expected True or False, received 'no'"),
+        ({"cuda_graph": "no"}, "cuda_graph: expected True or False, received 'no'"),
         ({"progress": 3}, "progress, measuring: expected functions, received int"),
         ({"target": None}, "target: expected pred, label or topK, such as top3, received None"),
         ({"target": 3}, "target: expected pred, label or topK"),
@@ -290,7 +293,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(demo, source, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("demo", "photos"), "model: expected a LoadedModel, as load_model gives it, received str"),
+        (("demo", "photos"), "model: expected a LoadedModel, as load_model or LoadedModel.of gives it, received str"),
         ((None, 3), "source: expected a Source or a path, received int"),
     ],
 )
@@ -451,12 +454,14 @@ def test_torchrun_writes_the_same_store_with_two_processes(demo, source, folder,
 
 
 def test_an_error_of_the_first_process_is_everyones(folder, tmp_path) -> None:
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [
-        *(str(torchrun), "--nproc-per-node", "2", "--standalone", "-m", "vitexplain", "dataset", str(folder)),
-        *("--output", "s3://bucket/maps.zarr", "--method", "iba", "--batch", "4", "--workers", "0", "--device", "cpu"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode != 0
-    assert "expected a path of a file system" in finished.stderr
+    """Two processes as torchrun starts them, but that nobody ends one for the other's end."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        common["MASTER_PORT"] = str(found.getsockname()[1])
+    command = ["-m", "vitexplain", "dataset", folder, "--output", "s3://bucket/maps.zarr", "--method", "iba"]
+    command += ["--batch", "4", "--workers", "0", "--device", "cpu"]
+    runs = [forked.start(command, tmp_path, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 1
+        assert "expected a path of a file system" in errors

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,10 @@ from vitexplain import dataset
 from vitexplain.cli import app
 from vitexplain.dataset import MapStore
 
-from .conftest import in_session, is_running, make_photos, session, wait_until
+from . import forked
+from .conftest import Program, in_session, is_running, make_photos, session, wait_until
+
+pytestmark = pytest.mark.xdist_group("ray")  # one undisturbed run for all of them, and one at a time on Ray
 
 COUNT, BATCH, SHARD = 203, 2, 8
 NUM_SHARDS = -(-COUNT // SHARD)
@@ -67,19 +70,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return Undisturbed(photos, files(output), store.index.to_pylist(), maps)
 
 
-def command(photos: Path, output: Path, workers: int, *options: object, inside: Sequence[object] = ()) -> subprocess.Popen[str]:
-    """Start ``vitexplain dataset``; ``inside`` is what else stands before its name."""
+def command(photos: Path, output: Path, workers: int, *options: object, cold: bool = False) -> Program:
+    """Start ``vitexplain dataset``; cold is a start in which it imports what it needs, as it does for everyone else."""
     output.parent.mkdir(exist_ok=True)
-    arguments = ("-m", "vitexplain", "dataset", photos, "--output", output, "--workers", workers, *OPTIONS, *options)
-    return in_session(arguments, photos.parent, inside)
+    begin = in_session if cold else forked.start
+    return begin(arguments(photos, output, workers, *options), photos.parent)
 
 
-def wait_for(run: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+def arguments(photos: Path, output: Path, workers: int, *options: object) -> tuple[object, ...]:
+    """Python's."""
+    return "-m", "vitexplain", "dataset", photos, "--output", output, "--workers", workers, *OPTIONS, *options
+
+
+def wait_for(run: Program, condition: Callable[[], object]) -> None:
     """Until something is so, or the run has ended."""
     wait_until(lambda: condition() or run.poll() is not None, END)
 
 
-def finished(run: subprocess.Popen[str]) -> dict:
+def finished(run: Program) -> dict:
     """The report of a run that has to succeed."""
     output, errors = run.communicate(timeout=END)
     assert run.returncode == 0, errors
@@ -145,11 +153,11 @@ def test_a_run_that_is_killed_at_10_moments_goes_on_each_time(undisturbed, tmp_p
     output = tmp_path / "out" / "maps.zarr"
     lock = tmp_path / "out" / "maps.parquet" / "_lock"
 
-    def while_it_writes(run: subprocess.Popen[str], shard: int, num_workers: int) -> None:
+    def while_it_writes(run: Program, shard: int, num_workers: int) -> None:
         shard = max(shard, parts(output) + 1)
         wait_for(run, lambda: parts(output) >= shard and len(workers(run)) >= num_workers)
 
-    moments: list[Callable[[subprocess.Popen[str], int], object]] = [
+    moments: list[Callable[[Program, int], object]] = [
         lambda _run, _workers: time.sleep(chance.uniform(0, 1)),  # it imports what it needs
         lambda run, _workers: wait_for(run, lambda: children(run.pid)),  # what starts processes does so
         lambda run, _workers: wait_for(run, lock.exists),
@@ -157,10 +165,10 @@ def test_a_run_that_is_killed_at_10_moments_goes_on_each_time(undisturbed, tmp_p
     near_the_end = [NUM_SHARDS - chance.randint(4, 6), NUM_SHARDS - 3]
     for shard in (*spread(chance, 5, NUM_SHARDS - 8), *near_the_end):
         moments.append(lambda run, workers, shard=shard: while_it_writes(run, shard, workers))
-    runs: list[subprocess.Popen[str]] = []
+    runs: list[Program] = []
     for moment in moments:
-        num_workers = 2 * (len(runs) % 2)
-        runs.append(command(undisturbed.photos, output, num_workers))
+        num_workers, cold = 2 * (len(runs) % 2), len(runs) < 3
+        runs.append(command(undisturbed.photos, output, num_workers, cold=cold))
         moment(runs[-1], num_workers)
         time.sleep(chance.uniform(0, 0.03))
         runs[-1].kill()
@@ -190,7 +198,7 @@ def test_a_run_whose_workers_are_killed_at_6_moments_goes_on(undisturbed, tmp_pa
     wait_until(lambda: not session(run))
 
 
-def workers(run: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(run: Program) -> list[psutil.Process]:
     """The processes that decode: children of what starts them."""
     starts = [process for process in children(run.pid) if any("forkserver" in text for text in command_line(process))]
     return [process for start in starts for process in children(start.pid) if is_running(process)]
@@ -217,12 +225,11 @@ def kill(process: psutil.Process) -> None:
         return
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_run_on_ray_whose_actors_are_killed_at_4_moments_goes_on(undisturbed, tmp_path) -> None:
     pytest.importorskip("ray")
     chance = random.Random(2)
     output = tmp_path / "out" / "maps.zarr"
-    run = command(undisturbed.photos, output, 0, "--engine", "ray", "--actors", 2)
+    run = command(undisturbed.photos, output, 0, "--engine", "ray", "--actors", 2, cold=True)
     for shard in spread(chance, 4, NUM_SHARDS - 8):
         wait_for(run, lambda shard=shard: parts(output) >= shard and actors(run))
         time.sleep(chance.uniform(0, 0.03))
@@ -234,7 +241,7 @@ def test_a_run_on_ray_whose_actors_are_killed_at_4_moments_goes_on(undisturbed, 
     check_whole(output, undisturbed)
 
 
-def actors(run: subprocess.Popen[str]) -> list[psutil.Process]:
+def actors(run: Program) -> list[psutil.Process]:
     found = children(run.pid, recursive=True)
     return [process for process in found if is_running(process) and "".join(command_line(process)).startswith("ray::MapWorker")]
 
@@ -249,8 +256,7 @@ def test_a_second_run_is_refused_and_the_first_one_is_undisturbed(undisturbed, t
     stop(run)  # so that it is at work for as long as this takes
     before = files(output)
     for more in ((), ("--overwrite",), ("--target", "top2")):
-        arguments = ("dataset", undisturbed.photos, "--output", output, *OPTIONS, *more)
-        second = CliRunner().invoke(app, list(map(str, arguments)))
+        second = CliRunner().invoke(app, list(map(str, arguments(undisturbed.photos, output, 0, *more)[2:])))
         assert second.exit_code == 1
         assert f"error: output: another run is writing into {str(output)!r}" in second.stderr
     assert files(output) == before
@@ -259,7 +265,7 @@ def test_a_second_run_is_refused_and_the_first_one_is_undisturbed(undisturbed, t
     check_whole(output, undisturbed)
 
 
-def stop(run: subprocess.Popen[str]) -> None:
+def stop(run: Program) -> None:
     """Until every thread stands still: one that is writing comes to its end first."""
     run.send_signal(signal.SIGSTOP)
     threads = Path(f"/proc/{run.pid}/task")
@@ -300,7 +306,7 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on_when_there_is
     disk, inside = small_disk
     there, seen = tmp_path / "disk" / "out" / "maps.zarr", disk / "out" / "maps.zarr"
     seen.parent.mkdir()
-    run = command(undisturbed.photos, there, 0, inside=inside)
+    run = in_session(arguments(undisturbed.photos, there, 0), tmp_path, inside)
     wait_for(run, lambda: parts(seen) >= NUM_SHARDS // 3)
     stop(run)
     fill(disk / "filler")
@@ -314,11 +320,11 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_goes_on_when_there_is
     assert NUM_SHARDS // 3 <= parts(seen) < NUM_SHARDS
     assert not any(path.name.endswith(".partial") for path in seen.parent.rglob("*"))
     check_part(seen, undisturbed)
-    full = command(undisturbed.photos, there, 0, inside=inside)
+    full = in_session(arguments(undisturbed.photos, there, 0), tmp_path, inside)
     assert "free in" in full.communicate(timeout=END)[1]
     assert full.returncode == 1
     (disk / "filler").unlink()
-    report = finished(command(undisturbed.photos, there, 0, inside=inside))
+    report = finished(in_session(arguments(undisturbed.photos, there, 0), tmp_path, inside))
     assert 0 < report["found"] < COUNT
     check_whole(seen, undisturbed)
 

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,11 +23,13 @@ from torch import Tensor
 from vitexplain.dataset import loader
 from vitexplain.dataset.loader import IMAGES_A_TASK, LEAST_SLOTS, Decoder, Outcome
 from vitexplain.errors import InputError
-from vitexplain.loading import LoadedModel, Photo, Preprocess
+from vitexplain.loading import LoadedModel, Preprocess
+from vitexplain.photos import Photo
 from vitexplain.sources import Source, open_source
 from vitexplain.sources.base import Reader
 
-from .conftest import NUM_PHOTOS, SOON, in_session, is_running, make_photos, session, wait_until
+from . import forked
+from .conftest import NUM_PHOTOS, SOON, Program, in_session, is_running, make_photos, session, wait_until
 
 Wanted = list[range]
 
@@ -472,12 +473,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Start Python in a session of its own; whatever it leaves is ended."""
-    started: list[subprocess.Popen] = []
+def start(tmp_path) -> Iterator[Callable[..., Program]]:
+    """Start Python in a session of its own, on request where everything is imported; whatever it leaves is ended."""
+    started: list[Program] = []
 
-    def begin(*arguments: object) -> subprocess.Popen:
-        started.append(in_session(arguments, tmp_path))
+    def begin(*arguments: object, cold: bool = True) -> Program:
+        started.append((in_session if cold else forked.start)(arguments, tmp_path))
         return started[-1]
 
     yield begin
@@ -492,7 +493,7 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
 )
 def test_a_parent_that_is_killed_leaves_no_process(start, photos, tmp_path, moment: str, number: int) -> None:
     (tmp_path / "script.py").write_text(FOR_EVER)
-    process = start("script.py", photos)
+    process = start("script.py", photos, cold=False)
     while moment not in process.stdout.readline():
         assert process.poll() is None
     if moment == "working":
@@ -514,7 +515,7 @@ from vitexplain.loading import load_model
 @pytest.mark.parametrize(
     "work",
     [
-        "dataset.run(load_model('demo', device='cpu'), sys.argv[1], 'iba', 'maps.zarr', batch=2, workers=2)",
+        "dataset.run(load_model('demo', device='cpu'), sys.argv[1], 'maps.zarr', 'iba', batch=2, workers=2)",
         "print(len(list(dataset.stream(load_model('demo', device='cpu'), sys.argv[1], 'iba', batch=2, workers=2))))",
     ],
 )
@@ -533,7 +534,7 @@ def test_an_interrupted_command_says_so_in_one_line_and_leaves_no_process(start,
     """Ctrl-C reaches all processes of a terminal: before they have imported what they need, and at work."""
     photos = make_photos(tmp_path / "photos", 400)
     options = ["--output", "maps.zarr", "--method", "iba", "--batch", 1, "--shard", 1, "--workers", 2]
-    process = start("-m", "vitexplain", "dataset", photos, *options)
+    process = start("-m", "vitexplain", "dataset", photos, *options, cold=moment.startswith("zarr"))
     wait_until(lambda: (tmp_path / f"maps.{moment}").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=SOON)

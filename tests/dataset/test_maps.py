@@ -20,8 +20,9 @@ import zarr
 from torch.utils.data import DataLoader
 
 from vitexplain.dataset import maps
+from vitexplain.dataset.layout import Layout
 from vitexplain.dataset.maps import MapStore, open_maps
-from vitexplain.dataset.store import Layout, StoreWriter
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.errors import InputError, UnknownNameError
 
 from .test_store import LAYOUTS, content_of, fill, settings_of

@@ -55,7 +55,7 @@ def maps_of(folder: Path, device: str, **settings) -> tuple[dict[str, torch.Tens
 @pytest.mark.parametrize("graph", [True, False])
 def test_maps_are_those_of_the_cpu(folder, target: str, graph: bool) -> None:
     expected, statuses = maps_of(folder, "cpu", target=target)
-    found, again = maps_of(folder, "cuda", target=target, graph=graph)
+    found, again = maps_of(folder, "cuda", target=target, cuda_graph=graph)
     assert statuses == again
     assert statuses.count("unreadable") == 1
     for method in METHODS:
@@ -75,7 +75,7 @@ def random_tiny(device: str) -> LoadedModel:
 def test_two_runs_give_the_same_bits(folder, dtype: str, graph: bool) -> None:
     model, source = random_tiny("cuda"), open_source(folder)
     first, second = (
-        [batch.maps for batch in dataset.stream(model, source, METHODS, batch=8, dtype=dtype, graph=graph, workers=0)]
+        [batch.maps for batch in dataset.stream(model, source, METHODS, batch=8, dtype=dtype, cuda_graph=graph, workers=0)]
         for _ in range(2)
     )
     for one, other in zip(first, second, strict=True):
@@ -122,7 +122,7 @@ def test_a_model_that_cannot_be_captured_is_explained_without_a_graph(folder) ->
 def test_a_graph_is_replayed_and_results_do_not_run_into_each_other() -> None:
     model = load_model("demo", device="cuda")
     options = {"target": "pred", "dtype": torch.float32, "backend": "auto", "batch": 4}
-    graphed, eager = (BatchExplainer(model, build_methods("tokentm", {}), graph=graph, **options) for graph in (True, False))
+    graphed, eager = (BatchExplainer(model, build_methods("tokentm", {}), cuda_graph=graph, **options) for graph in (True, False))
     batches = [torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8).pin_memory() for _ in range(5)]
     pending = [graphed.submit(photos, None, 4) for photos in batches]  # all on their way before the first is looked at
     assert graphed.graphed
@@ -154,7 +154,7 @@ def test_a_whole_run_on_a_gpu_is_the_same_twice(folder, tmp_path) -> None:
     pytest.importorskip("pyarrow", reason="the index needs it")
     model = load_model("demo", device="cuda")
     for name in ("a", "b"):
-        report = dataset.run(model, folder, METHODS, tmp_path / name / "maps.zarr", batch=8, shard=16, workers=2)
+        report = dataset.run(model, folder, tmp_path / name / "maps.zarr", METHODS, batch=8, shard=16, workers=2)
         assert report.graphed
         assert report.ok == COUNT - 1
     first, second = (

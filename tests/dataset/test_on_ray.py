@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from vitexplain.dataset import Progress, Report, on_ray, run
+from vitexplain.dataset.layout import Layout
 from vitexplain.dataset.on_ray import _begin_attempt, _marks, _pool, _tasks
-from vitexplain.dataset.store import Layout, StoreWriter
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.dataset.work import Counter
 from vitexplain.errors import InputError
 from vitexplain.loading import LoadedModel, load_model
@@ -66,7 +67,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model: LoadedModel, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What this process alone writes."""
     output = tmp_path_factory.mktemp("local") / "maps.zarr"
-    run(model, photos, "tokentm", output, **OPTIONS)
+    run(model, photos, output, "tokentm", **OPTIONS)
     return digests(output)
 
 
@@ -126,7 +127,7 @@ def test_a_run_that_was_stopped_goes_on_also_where_an_actor_is_killed_and_writes
             told.append(progress.done)
             when_begun(progress)
 
-        return run(model, photos, "tokentm", output, engine="ray", actors=2, progress=progress, **OPTIONS)
+        return run(model, photos, output, "tokentm", engine="ray", actors=2, progress=progress, **OPTIONS)
 
     def stop() -> None:
         raise Stopped
@@ -157,7 +158,7 @@ def test_what_an_actor_cannot_do_is_told_in_its_own_words(model: LoadedModel, ph
         (output / "tokentm/maps").write_text("not a folder")
 
     with pytest.raises(InputError, match=r"^output: cannot write '.*/maps.zarr/tokentm/maps/c\.[0-9.]+': .*$"):
-        run(model, photos, "tokentm", output, engine="ray", actors=1, progress=once(put_a_file_in_the_way), **OPTIONS)
+        run(model, photos, output, "tokentm", engine="ray", actors=1, progress=once(put_a_file_in_the_way), **OPTIONS)
     wait_until(lambda: not actors())
 
 
@@ -179,7 +180,7 @@ def test_images_that_kill_every_process_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 def test_more_actors_than_the_cluster_holds_are_refused(model: LoadedModel, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="actors: expected at most 2, one for each CPU of the cluster, received 8"):
-        run(model, photos, "tokentm", tmp_path / "maps.zarr", engine="ray", actors=8, **OPTIONS)
+        run(model, photos, tmp_path / "maps.zarr", "tokentm", engine="ray", actors=8, **OPTIONS)
 
 
 CTRL_C = """
@@ -203,7 +204,7 @@ if __name__ == "__main__":
     photos, output = sys.argv[1:]
     try:
         run(
-            load_model("demo", device="cpu"), photos, "tokentm", output,
+            load_model("demo", device="cpu"), photos, output, "tokentm",
             engine="ray", batch=2, shard=2, workers=1, progress=interrupt,
         )
     except KeyboardInterrupt:
@@ -239,7 +240,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     model: LoadedModel, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def call(**options) -> None:
-        run(model, photos, "tokentm", tmp_path / "maps.zarr", engine="ray", **OPTIONS, **options)
+        run(model, photos, tmp_path / "maps.zarr", "tokentm", engine="ray", **OPTIONS, **options)
 
     with pytest.raises(InputError, match="actors: expected 1 or more actors, received 0"):
         call(actors=0)
@@ -259,7 +260,7 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(InputError, match=r"^ray: cannot connect to RAY_ADDRESS='127.0.0.1:1': Connection refused$"):
-        run(model, photos, "tokentm", tmp_path / "maps.zarr", engine="ray", **OPTIONS)
+        run(model, photos, tmp_path / "maps.zarr", "tokentm", engine="ray", **OPTIONS)
 
 
 def test_actors_are_placed_where_each_of_them_fits() -> None:

@@ -26,9 +26,13 @@ import pyarrow.parquet
 import pytest
 import zarr
 
-from vitexplain.dataset import store
-from vitexplain.dataset.store import Layout, Row, ShardContent, StoreWriter, locked, read_settings
+from vitexplain.dataset.layout import Layout, Row, ShardContent, index_schema
+from vitexplain.dataset.lock import locked
+from vitexplain.dataset.standing import parts, read_part_summary, read_settings
+from vitexplain.dataset.store import StoreWriter
 from vitexplain.errors import InputError
+
+from . import forked
 
 LAYOUTS = {
     "one image": Layout(1, 4, {"a": (4, 4)}),
@@ -157,7 +161,7 @@ def test_a_shard_without_any_map_is_written_too(tmp_path) -> None:
     for number in range(3):
         writer.write(number, content_of(layout, number, nothing=True))
     assert writer.missing() == []
-    part = store.read_part_summary(tmp_path / "maps.parquet" / "part-000002.parquet")
+    part = read_part_summary(tmp_path / "maps.parquet" / "part-000002.parquet")
     files = part.files
     assert part.rows == (2, 8, 9)
     assert sorted(files) == ["a/maps/c.2.0.0", "a/scale/c.2", "b:depth=2/maps/c.2.0.0", "b:depth=2/scale/c.2"]
@@ -215,7 +219,7 @@ def test_only_the_name_of_a_part_counts(tmp_path, name) -> None:
     writer = fill(tmp_path / "maps.zarr", SMALL)
     part = writer.index / "part-000001.parquet"
     part.rename(part.with_name(name))
-    assert list(store.parts(writer.index)) == [0]
+    assert list(parts(writer.index)) == [0]
     assert writer.missing() == [1]
 
 
@@ -512,7 +516,7 @@ def test_a_run_that_ends_anywhere_is_made_whole_by_the_next(tmp_path, whole, kil
             for number in done:
                 part = f"maps.parquet/part-{number:06d}.parquet"
                 assert found[part] == whole[part]
-                for name, (_, digest) in store.read_part_summary(folder / part).files.items():
+                for name, (_, digest) in read_part_summary(folder / part).files.items():
                     assert found[f"maps.zarr/{name}"] == digest
         fill(output, SMALL)
         assert digests(folder) == whole
@@ -536,7 +540,7 @@ def test_overwriting_that_ends_anywhere_leaves_nothing_mistaken(tmp_path, whole,
         standing = [name for name in found if "part-" in name]
         assert all(found[name] == parts_then[name] for name in standing)
         for name in standing:
-            for path, (_, digest) in store.read_part_summary(folder / name).files.items():
+            for path, (_, digest) in read_part_summary(folder / name).files.items():
                 assert found[f"maps.zarr/{path}"] == digest
 
     for folder in _until_whole(tmp_path, killed, before, run):
@@ -768,12 +772,13 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch) -> None:
         StoreWriter(tmp_path / "maps.zarr", SMALL)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"need pyarrow, which is not installed: pip install 'vitexplain\[dataset\]'"):
-        store.index_schema(None)
+        index_schema(None)
 
 
 def test_neither_zarr_nor_pyarrow_is_needed_to_import() -> None:
     program = "import sys; import vitexplain.dataset.store; print({'zarr', 'pyarrow'} & set(sys.modules))"
-    assert _python(program) == "set()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=_environment())
+    assert done.stdout.strip() == "set()"
 
 
 # -- one run at a time -------------------------------------------------------------------------------------------------
@@ -781,7 +786,7 @@ def test_neither_zarr_nor_pyarrow_is_needed_to_import() -> None:
 _HOLD = """
 import os, sys, time
 from pathlib import Path
-from vitexplain.dataset.store import locked
+from vitexplain.dataset.lock import locked
 with locked(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
@@ -799,7 +804,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path) -> None:
             pass
         with pytest.raises(InputError, match="another run is writing into"), locked(tmp_path / "x" / ".." / "maps.zarr"):
             pass
-        tried = "import sys; from pathlib import Path; from vitexplain.dataset.store import locked\n"
+        tried = "import sys; from pathlib import Path; from vitexplain.dataset.lock import locked\n"
         tried += "try:\n    with locked(Path(sys.argv[1])): print('free')\nexcept ValueError as error: print(error)"
         assert "another run is writing into" in _python(tried, output)
         with locked(tmp_path / "others.zarr"):
@@ -817,9 +822,7 @@ def test_an_error_inside_is_passed_on_and_the_lock_freed(tmp_path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_holds_nothing_though_its_children_live(tmp_path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path / "maps.zarr")], stdout=subprocess.PIPE, text=True, env=_environment()
-    )
+    holder = forked.start(["-c", _HOLD, tmp_path / "maps.zarr"], tmp_path)
     child = int(holder.stdout.readline())
     try:
         with pytest.raises(InputError, match="another run is writing into"), locked(tmp_path / "maps.zarr"):
@@ -834,12 +837,16 @@ def test_a_killed_run_holds_nothing_though_its_children_live(tmp_path) -> None:
         holder.stdout.close()
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def _python(program: str, *args: object) -> str:
-    command = [sys.executable, "-c", program, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    """What a program prints in a process of its own, from where the tests are found."""
+    done = forked.start(["-c", program, *args], ROOT)
+    output, errors = done.communicate(timeout=60)
+    assert done.returncode == 0, errors
+    return output.strip()

@@ -40,9 +40,9 @@ def test_figures_are_those_of_the_cpu(folder, tmp_path, dtype: str) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         model = load_model("demo", device=device)
-        settings = {"explained": ("pred", "gt"), "dtype": dtype if device == "cuda" else "float32", "resamples": 20}
+        settings = {"explained": ("pred", "gt"), "dtype": dtype if device == "cuda" else "float32", "bootstrap": 20}
         source = open_source(folder, classes=model)
-        found[device] = Evaluation(model, source, ["tokentm", "rollout"], protocols, tmp_path / device, **settings).run()
+        found[device] = Evaluation(model, source, tmp_path / device, ["tokentm", "rollout"], protocols, **settings).run()
     for figure, again in zip(found["cpu"].figures, found["cuda"].figures, strict=True):
         assert (figure.method, figure.metric, figure.explained) == (again.method, again.metric, again.explained)
         scale = 100 if abs(figure.mean) > 2 else 1
@@ -53,7 +53,7 @@ def test_random_maps_and_ties_are_those_of_the_cpu(folder, tmp_path) -> None:
     ranks = {}
     for device in ("cpu", "cuda"):
         model = load_model("demo", device=device)
-        evaluation = Evaluation(model, open_source(folder, classes=model), ["rollout"], ["saco"], tmp_path / device)
+        evaluation = Evaluation(model, open_source(folder, classes=model), tmp_path / device, ["rollout"], ["saco"])
         batch = evaluation._batch(evaluation._load(0))
         ranks[device] = (batch.tie_order.cpu(), evaluation._maps(batch, batch.predicted)["random"].cpu())
     assert all(torch.equal(a, b) for a, b in zip(ranks["cpu"], ranks["cuda"], strict=True))

@@ -70,7 +70,8 @@ def _relevance(inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
 def _map(inputs: AttentionInputs, phi: str) -> tuple[torch.Tensor, torch.Tensor]:
     batch, _, n, _ = inputs.query.shape
     contribution = torch.rand(batch, n, n, generator=torch.Generator("cuda").manual_seed(n), device="cuda")
-    return contribution, contribution_map(*inputs.layer, contribution, backend="triton", **inputs.keywords(phi, True))
+    keywords = inputs.keywords(phi, True)
+    return contribution, contribution_map(*inputs.layer, contribution, residual=1.0, backend="triton", **keywords)
 
 
 def _check_row(inputs: AttentionInputs, phi: str, dtype: torch.dtype) -> None:

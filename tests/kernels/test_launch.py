@@ -117,7 +117,7 @@ def test_a_choice_can_be_forced_and_an_unknown_one_is_refused() -> None:
         with choose.forced(choose.TWO_PASSES):
             assert not choose.one_pass_is_faster(query, 197)
         assert choose.one_pass_is_faster(query, 197)
-    with pytest.raises(ValueError, match="unknown choice 'three': expected 'one pass' or 'two passes'"), choose.forced("three"):
+    with pytest.raises(ValueError, match="choice: expected 'one pass' or 'two passes', received 'three'"), choose.forced("three"):
         pass
 
 

@@ -49,7 +49,17 @@ LENGTHS = [1, 16, 17, 197, 198, 257]
 LONG = [577, 1025, 1370]  # one image
 HEAD_DIMS = [16, 32, 48, 72, 80, 88, 128, 256]
 SHAPES = [*((n, 64) for n in LENGTHS), *((33, dh) for dh in HEAD_DIMS), *((n, 64) for n in LONG)]
+# The interpreter takes seconds for a long sequence. Two lengths of which each has all kinds of tiles, and every type: 1025 has
+# a last block of one key, as 257 has it.
+SHAPES_AND_DTYPES = [
+    (n, head_dim, dtype)
+    for n, head_dim in SHAPES
+    for dtype in DTYPES
+    if not interpreting() or n not in LONG or n == 577 or (n, dtype) == (1370, torch.float32)
+]
 SWITCHES = list(itertools.product((True, False), repeat=2))
+# Weighings, masks and weights are chosen apart from each other: every two of them meet, and not every three.
+WEIGHINGS = [(mask, phi, (i + j) % 2 == 0) for i, mask in enumerate(MASKS) for j, phi in enumerate(PHIS)]
 
 
 @pytest.fixture
@@ -67,8 +77,7 @@ def _inputs(n: int, head_dim: int, dtype: torch.dtype, **options: object) -> Att
 
 
 @pytest.mark.usefixtures("shape_of_tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "head_dim"), SHAPES)
+@pytest.mark.parametrize(("n", "head_dim", "dtype"), SHAPES_AND_DTYPES, ids=str)
 def test_row_propagation_of_one_row(backend, n: int, head_dim: int, dtype: torch.dtype) -> None:
     inputs = _inputs(n, head_dim, dtype)
     for phi, weighted in (("p", False), ("p_relu_g", True)):
@@ -77,9 +86,7 @@ def test_row_propagation_of_one_row(backend, n: int, head_dim: int, dtype: torch
         assert_within_error_budget(actual, exact, plain, dtype)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
-@pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "phi", "weighted"), WEIGHINGS)
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_row_propagation_with_every_weighing_and_mask(backend, num_rows: int, mask: str, phi: str, weighted: bool) -> None:
     for dtype in DTYPES:
@@ -109,7 +116,7 @@ def test_row_propagation_of_many_rows_and_of_leading_queries(
 @pytest.mark.usefixtures("shape_of_tiles")
 @pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "num_queries", "mask"), [(17, None, "none"), (130, None, "boolean"), (65, 2, "none")])
+@pytest.mark.parametrize(("n", "num_queries", "mask"), [(17, None, "none"), (70, None, "boolean"), (65, 2, "none")])
 def test_rows_and_norms_of_every_head(backend, n: int, num_queries, mask: str, dtype: torch.dtype, phi: str) -> None:
     inputs = attention_inputs(n, 48, dtype, num_queries=num_queries, mask=mask)
     rows = inputs.rows[:, 0]
@@ -143,8 +150,7 @@ def test_head_norms(backend, n: int, head_dim: int, num_queries, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("shape_of_tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "head_dim"), SHAPES)
+@pytest.mark.parametrize(("n", "head_dim", "dtype"), SHAPES_AND_DTYPES, ids=str)
 def test_attention_backward_beside_the_row(backend, n: int, head_dim: int, dtype: torch.dtype) -> None:
     _check_backward(_inputs(n, head_dim, dtype), "p_relu_g", False, dtype, backend)
 
@@ -153,7 +159,8 @@ def test_attention_backward_beside_the_row(backend, n: int, head_dim: int, dtype
 @pytest.mark.parametrize("phi", PHIS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_backward_with_every_weighing_and_mask(backend, mask: str, phi: str) -> None:
-    for dtype in DTYPES:
+    meeting = MASKS.index(mask) + list(PHIS).index(phi)  # under the interpreter every type meets every mask, and every weighing
+    for dtype in (DTYPES[meeting % len(DTYPES)],) if interpreting() else DTYPES:
         _check_backward(attention_inputs(70, 32, dtype, mask=mask), phi, True, dtype, backend)
 
 
@@ -281,10 +288,10 @@ def test_however_work_is_split_over_programs(monkeypatch, splits: int) -> None:
         kernel = importlib.import_module(f"vitexplain.kernels.{module}.triton_kernel")
         monkeypatch.setattr(kernel, "splits_to_fill", lambda largest, *_: min(largest, splits))
     for dtype in DTYPES:
-        inputs = attention_inputs(150, 48, dtype)
+        inputs = attention_inputs(100, 48, dtype)
         with forced_config(TileConfig(32, 32, 4, 1)):
             _check_backward(inputs, "p_relu_g", True, dtype, "triton")
-            whole = attention_inputs(150, 48, dtype, whole_numbers=True)
+            whole = attention_inputs(100, 48, dtype, whole_numbers=True)
             _check_relevance(whole, "row of the gradient", dtype, "triton")
             rows = row_propagation(*inputs.layer, inputs.rows, residual=1.0, backend="triton", **inputs.keywords("p", True))
             norms = head_norms(inputs.value, inputs.grad_out, norm="l2", backend="triton")
@@ -301,9 +308,7 @@ def test_contribution_map(backend, n: int, head_dim: int, dtype: torch.dtype) ->
     _check_map(_inputs(n, head_dim, dtype), "p_relu_g", True, dtype, backend)
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
-@pytest.mark.parametrize("phi", PHIS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "phi", "weighted"), WEIGHINGS)
 def test_contribution_map_with_every_weighing_and_mask(backend, mask: str, phi: str, weighted: bool) -> None:
     for dtype in DTYPES:
         _check_map(attention_inputs(37, 32, dtype, mask=mask), phi, weighted, dtype, backend)
@@ -437,6 +442,7 @@ def test_all_rows_of_every_chain(backend) -> None:
         assert relative_error(ours[name].contribution, dense[name].contribution) <= 1e-5, name
 
 
+@pytest.mark.skipif(interpreting(), reason="how tiles are summed is tiled torch's affair")
 def test_many_small_shares_reach_a_token_that_has_kept_its_weight() -> None:
     """Each tile's share is about a rounding of what token 0 holds: added one by one, in float32, they would be lost."""
     n, heads = 16384, 6

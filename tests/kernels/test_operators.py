@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -118,7 +121,7 @@ def test_float64_inputs_are_computed_in_float64() -> None:
         exact = dense_row_propagation(inputs, phi, True, torch.float64)
         torch.testing.assert_close(row_propagation(*inputs.layer, inputs.rows, **keywords), exact, **exactly)
         exact = contribution + dense_update(inputs, phi, True, torch.float64) @ contribution
-        torch.testing.assert_close(contribution_map(*inputs.layer, contribution, **keywords), exact, **exactly)
+        torch.testing.assert_close(contribution_map(*inputs.layer, contribution, residual=1.0, **keywords), exact, **exactly)
     for norm in ("l1", "l2"):
         exact = dense_head_norms(inputs.value, inputs.grad_out, norm, torch.float64)
         torch.testing.assert_close(head_norms(inputs.value, inputs.grad_out, norm=norm), exact, rtol=1e-12, atol=0)
@@ -188,24 +191,24 @@ def test_results_repeat_to_the_bit() -> None:
 
 
 BAD_CALLS = {
-    "unknown phi": (lambda i: _propagate(i, phi="g"), "unknown phi 'g': expected one of p, p_relu_g, p_g, relu_g, abs_g"),
+    "unknown phi": (lambda i: _propagate(i, phi="g"), "phi: expected one of p, p_relu_g, p_g, relu_g, abs_g, received 'g'"),
     "key of another width": (lambda i: _propagate(i, key=i.key[..., :8]), r"key: expected shape \(B=2, H=3, n=17, dh=16\), received"),
     "logsumexp of another length": (lambda i: _propagate(i, logsumexp=i.logsumexp[..., :4]), r"logsumexp: expected shape \(B=2, H=3, m=17\)"),
     "rows without a batch": (lambda i: _propagate(i, rows=i.rows[0]), r"rows: expected shape \(B=2, K, m=17\), received \(1, 17\)"),
     "key of another dtype": (lambda i: _propagate(i, key=i.key.double()), "key: expected dtype torch.float32"),
     "key on another device": (lambda i: _propagate(i, key=i.key.to("meta")), "key: expected device cpu"),
     "no query": (lambda i: _propagate(i, query=None), "query: expected a tensor, received None"),
-    "no gradient": (lambda i: _propagate(i, phi="p_relu_g"), "expected value and grad_out, received None"),
-    "no gradient for norms": (lambda i: row_propagation_by_head(*i.layer, i.rows[:, 0], scale=1.0, norms=True), "expected value and grad_out"),
+    "no gradient": (lambda i: _propagate(i, phi="p_relu_g"), "value, grad_out: expected tensors for phi 'p_relu_g', received None"),
+    "no gradient for norms": (lambda i: row_propagation_by_head(*i.layer, i.rows[:, 0], scale=1.0, norms=True), "value, grad_out: expected tensors for norms, received None"),
     "several rows by head": (lambda i: row_propagation_by_head(*i.layer, i.rows, scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
     "head weights of another shape": (lambda i: _propagate(i, head_weights=torch.ones(2, 4)), r"head_weights: expected shape \(B=2, H=3\)"),
     "mask of another shape": (lambda i: _propagate(i, mask=torch.ones(5, 17, dtype=torch.bool)), r"mask: expected a shape that broadcasts to \(B=2, H=3, m=17, n=17\), received \(5, 17\)"),
     "mask of integers": (lambda i: _propagate(i, mask=torch.ones(17, 17, dtype=torch.int64)), "mask: expected a boolean or floating-point dtype, received torch.int64"),
     "residual of queries without keys": (lambda i: _propagate(i, key=i.key[:, :, :5], residual=1.0), "residual: expected at most n=5 query rows, received 17"),
-    "unknown backend": (lambda i: _propagate(i, backend="cuda"), "unknown backend 'cuda': expected one of auto, triton, torch"),
-    "unknown norm": (lambda i: head_norms(i.value, i.grad_out, norm="l0"), "unknown norm 'l0'"),
+    "unknown backend": (lambda i: _propagate(i, backend="cuda"), "backend: expected one of auto, triton, torch, received 'cuda'"),
+    "unknown norm": (lambda i: head_norms(i.value, i.grad_out, norm="l0"), "norm: expected one of l1, l2, received 'l0'"),
     "contribution of another length": (lambda i: contribution_map(*i.layer, torch.eye(9).expand(2, 9, 9), scale=1.0), r"contribution: expected shape \(B=2, n=17, c=9\), received \(2, 9, 9\)"),
-    "map without a gradient": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, phi="p_g"), "expected value and grad_out"),
+    "map without a gradient": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, phi="p_g"), "value, grad_out: expected tensors for phi 'p_g', received None"),
     "factors of another shape": (lambda i: contribution_map(*i.layer, torch.eye(17).expand(2, 17, 17), scale=1.0, row_factors=torch.ones(2, 3)), "row_factors: expected shape"),
     "out of another shape": (lambda i: attention_backward(i.query, i.key, i.value, i.out[:, :1], i.grad_out, i.logsumexp, i.rows[:, 0], scale=1.0), "out: expected shape"),
     "rows of a backward": (lambda i: attention_backward(i.query, i.key, i.value, i.out, i.grad_out, i.logsumexp, i.rows, scale=1.0), r"rows: expected shape \(B=2, m=17\)"),
@@ -248,3 +251,10 @@ def test_triton_on_a_cpu_is_refused_not_replaced(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="not installed"):
         choose_backend("triton", torch.device("cuda"))
     assert choose_backend("auto", torch.device("cuda")) == "torch"
+
+
+def test_the_folder_under_its_own_name_registers_nothing() -> None:
+    """So that transformers, which looks for a package of that name, may import it from a clone."""
+    module = importlib.import_module("kernels")
+    assert module.__file__ == str(Path(__file__).parents[2] / "kernels" / "__init__.py")
+    assert not hasattr(module, "row_propagation")

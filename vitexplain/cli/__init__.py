@@ -1,10 +1,10 @@
-"""The command line: ``vitexplain explain``, ``demo``, ``serve``, ``dataset``, ``show``, ``summary``, ``evaluate``, and what it lists."""
+"""The command line: ``explain``, ``demo``, ``serve``, ``dataset``, ``show``, ``summary``, ``evaluate``, and listings."""
 
 from __future__ import annotations
 
 import sys
 
-from . import dataset, evaluate, explain, serve, store  # noqa: F401  (they register their commands)
+from . import dataset, evaluate, explain, listings, serve, store  # noqa: F401  (they register their commands)
 from .app import app
 
 __all__ = ["app", "main"]

@@ -6,14 +6,10 @@ Heavy imports wait until a command runs, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ..options import Option
 
 app = typer.Typer(
     name="vitexplain",
@@ -23,16 +19,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ELEMENT_TYPES = "float32, bfloat16 (bf16) or float16 (fp16)"
+IMAGES = (
+    "Images: a folder, or one of class folders, a CSV or Parquet table (path, label, mask), WebDataset shards (.tar, a folder of "
+    "them, or a pattern such as 'train-{0000..0099}.tar'), a Hugging Face dataset folder, or an .npz."
+)
+
 # options that several commands have
-Model = Annotated[str, typer.Option(help="'demo' (shipped) or a timm model, pretrained.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="'demo' (shipped), a timm model, pretrained, or 'transformers:NAME', one of Hugging Face's image classifiers or its "
+        "folder; see 'vitexplain models'."
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="Weights from a file: .safetensors, .pth, .pt, .bin.")]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's. Default: tokentm."),
+    typer.Option(
+        "--method",
+        "-m",
+        help="NAME or NAME:OPTION=VALUE,…; repeat; 'all' for all but captum's; see 'vitexplain methods'. Default: tokentm.",
+    ),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of the data, where there are several.")]
 Images = Annotated[str | None, typer.Option(help="Which images, START:STOP:STEP, as :100 or ::2.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help=f"Element type of the model: {ELEMENT_TYPES}.")]
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Backend = Annotated[str, typer.Option(help="auto, triton, torch, or dense (float64 reference, stores every map).")]
 
 
@@ -75,6 +89,14 @@ def complain(message: str) -> None:
     typer.echo(f"error: {message}", err=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for pictures, where it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+
+
 def method_names(asked: list[str] | None) -> list[str]:
     """The methods asked for, ``all`` in its place for each of this library's own that is not named besides."""
     from ..methods import own_methods
@@ -86,11 +108,6 @@ def method_names(asked: list[str] | None) -> list[str]:
     others = [name for name in asked if name != "all"]
     own = [name for name in own_methods() if name not in others]
     return [*others[:place], *own, *others[place:]]
-
-
-def options_text(options: Iterable[Option]) -> str:
-    """A method's or protocol's options for a listing, a line each."""
-    return "\n".join(f"{o.name}={o.default} ({o.values}): {o.help}" for o in options) or "–"
 
 
 class progress:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import (
+    IMAGES,
     Backend,
     Device,
+    Dtype,
     Failure,
     Images,
     Methods,
@@ -35,8 +37,7 @@ def dataset(
     source: Annotated[
         str,
         typer.Argument(
-            help="Images: a folder, or one of class folders, a CSV or Parquet table (path, label), WebDataset shards (.tar, a "
-            "folder of them, or a pattern such as 'train-{0000..0099}.tar'), a Hugging Face dataset folder, or an .npz.",
+            help=IMAGES,
             metavar="SOURCE",
             show_default=False,
         ),
@@ -52,7 +53,7 @@ def dataset(
         str, typer.Option("--target", "-t", help="Class explained: pred (predicted), label, or topK, such as top3.")
     ] = "pred",
     batch: Annotated[str, typer.Option(help="Images explained at once; auto finds it by measurement.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 (bf16) or float16 (fp16).")] = "float32",
+    dtype: Dtype = "float32",
     split: Split = None,
     images: Images = None,
     resize: Annotated[str, typer.Option(help="model (its own preprocessing) or squash (the whole photo).")] = "model",
@@ -72,7 +73,9 @@ def dataset(
     device: Device = "auto",
     backend: Backend = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Run the model's blocks as torch.compile makes them.")] = False,
-    graph: Annotated[bool, typer.Option(help="On a GPU, replay explanations from a CUDA graph where that can be done.")] = True,
+    cuda_graph: Annotated[
+        bool, typer.Option(help="On a GPU, replay explanations from a CUDA graph where that can be done.")
+    ] = True,
     deterministic: Annotated[bool, typer.Option(help="On a GPU, have torch give the same bits each time.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever maps stand there.")] = False,
     as_json: Annotated[
@@ -95,7 +98,7 @@ def dataset(
         "shard": shard,
         "backend": backend,
         "compile": compile,
-        "graph": graph,
+        "cuda_graph": cuda_graph,
         "deterministic": deterministic,
         "overwrite": overwrite,
     }
@@ -139,7 +142,7 @@ def _dataset(
             advance(0, f"batch {measured.batch}: {measured.images_per_second:.1f} images/s")
 
         try:
-            done = run(loaded, source, names, output, progress=report, measuring=measuring, **settings)
+            done = run(loaded, source, output, names, progress=report, measuring=measuring, **settings)
         except KeyboardInterrupt:
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of what zarr had begun
             raise Failure("interrupted; the same command goes on from the last shard that is whole") from None

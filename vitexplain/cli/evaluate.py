@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import (
+    ELEMENT_TYPES,
+    IMAGES,
     Backend,
     Device,
     Failure,
@@ -20,7 +22,6 @@ from .app import (
     app,
     guarded,
     method_names,
-    options_text,
     progress,
 )
 
@@ -38,8 +39,7 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            help="Images: a folder of class folders, a CSV or Parquet table (path, label, mask), a Hugging Face dataset folder, "
-            "an .npz, or WebDataset's .tar shards (one, a folder, or a pattern such as shard-{000..009}.tar).",
+            help=IMAGES,
             show_default=False,
         ),
     ],
@@ -74,8 +74,8 @@ def evaluate(
     forward_batch: Annotated[
         int | None, typer.Option(help="Changed images in one forward. Default: 64 on a CPU, 512 on a GPU.", min=1)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the forwards on changed images: float32, bfloat16 or float16.")] = "float32",
-    explain_dtype: Annotated[str, typer.Option(help="Of the explanations: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Of the forwards on changed images: {ELEMENT_TYPES}.")] = "float32",
+    explain_dtype: Annotated[str, typer.Option(help=f"Of the explanations: {ELEMENT_TYPES}.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of ties, random maps and the bootstrap.", min=0)] = 0,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the images for the intervals.", min=1)] = 2000,
     gallery: Annotated[int, typer.Option(help="Photos in the report, those the methods disagree on most first.", min=0)] = 12,
@@ -96,29 +96,13 @@ def evaluate(
         "dtype": dtype,
         "explain_dtype": explain_dtype,
         "seed": seed,
-        "resamples": bootstrap,
+        "bootstrap": bootstrap,
         "gallery": gallery,
         "backend": backend,
         "overwrite": overwrite,
     }
     where = {"path": data, "split": split, "images": images}
     guarded(lambda: _evaluate(model, weights, device, where, method, protocol, output, settings))
-
-
-@app.command("protocols")
-def list_protocols() -> None:
-    """List the protocols of evaluate: source, options."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ..evaluate import PROTOCOLS
-
-    table = Table(show_lines=True, title="Protocols")
-    for column in ("name", "source", "options"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for kind in PROTOCOLS.values():
-        table.add_row(f"[bold]{kind.name}[/bold]", f"{kind.title}\n{kind.source}", options_text(kind.options()))
-    Console().print(table)
 
 
 def _evaluate(
@@ -149,7 +133,7 @@ def _evaluate(
             done = now
 
         try:
-            results = run(loaded, source, names, protocols or [_DEFAULT_PROTOCOL], output, progress=report, **settings)
+            results = run(loaded, source, output, names, protocols or [_DEFAULT_PROTOCOL], progress=report, **settings)
         except KeyboardInterrupt:
             raise Failure(f"interrupted after {done} of {len(source)} images; the same command goes on from there") from None
     _print(results, output)

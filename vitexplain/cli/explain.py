@@ -1,10 +1,10 @@
-"""``vitexplain explain``, ``vitexplain list``, ``vitexplain demo``."""
+"""``vitexplain explain`` and ``vitexplain demo``."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +13,16 @@ import typer
 from .app import (
     Backend,
     Device,
+    Dtype,
     Failure,
+    Methods,
     Model,
     Weights,
     app,
     complain,
     guarded,
+    make_folder,
     method_names,
-    options_text,
     progress,
 )
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 ARRAYS = ".npz"
 
+_TOP = re.compile(r"top[0-9]+")
+_NO_NAME = re.compile(r"\W+")  # what is not in a file's name
+
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
@@ -43,16 +48,15 @@ def explain(
     images: Annotated[list[Path], typer.Argument(help="One photo or many.", metavar="IMAGE...", show_default=False)],
     model: Model = "demo",
     weights: Weights = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="Method; repeat for several, 'all' for all but captum's. Default: tokentm."),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="A method's option as NAME=VALUE; repeat. See 'vitexplain list'.")
-    ] = None,
+    method: Methods = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", "-t", help="Class to explain, number or name; repeat. Default: the predicted one."),
+        typer.Option(
+            "--target",
+            "-t",
+            help="Class to explain, number or name; repeat; or topK alone, such as top3, for the likeliest. "
+            "Default: the predicted one.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -86,7 +90,7 @@ def explain(
     ] = False,
     device: Device = "auto",
     backend: Backend = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     batch: Annotated[int, typer.Option(help="Photos explained at once.", min=1)] = 8,
     top: Annotated[int, typer.Option(help="How many top classes to print.", min=1)] = 5,
 ) -> None:
@@ -96,7 +100,7 @@ def explain(
 
     A photo that cannot be read is reported and does not stop the others. Exit code 0: all explained; 1: an error, in one line.
     """
-    settings = {"method": method, "option": option, "target": target, "backend": backend}
+    settings = {"method": method, "target": target, "backend": backend}
     figure = _Figure("contrast" if contrast else "by_block" if by_block else "explained", alpha, colormap)
 
     def run() -> None:
@@ -105,29 +109,6 @@ def explain(
         _explain(images, model, weights, output, as_json, batch, top, device, dtype, figure, **settings)
 
     guarded(run)
-
-
-@app.command("list")
-def list_methods(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the methods: paper, cost, options."""
-    from ..methods import list_methods as listed
-
-    if as_json:
-        typer.echo(json.dumps([asdict(info) for info in listed()], indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_lines=True, title="Methods")
-    for column in ("name", "paper", "cost", "options"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for info in listed():
-        rows = "; all rows" if info.all_rows else ""
-        kind = "class-specific" if info.class_specific else "the same for every class"
-        table.add_row(
-            f"[bold]{info.name}[/bold]\n{info.title}", info.paper, f"{info.cost}\n({kind}{rows})", options_text(info.options)
-        )
-    Console().print(table)
 
 
 @app.command()
@@ -172,8 +153,12 @@ class _Figure:
         from ..heatmap import check_colormap
 
         check_colormap(self.colormap)
-        if self.kind == "contrast" and len(targets) > 2:
+        if self.kind != "contrast":
+            return
+        if len(targets) > 2:
             raise Failure(f"--contrast: expected at most two classes (--target), received {len(targets)}")
+        if len(targets) == 1 and _TOP.fullmatch(targets[0]) and targets != ["top2"]:
+            raise Failure(f"--contrast: expected at most two classes (--target), received {targets[0]!r}")
 
 
 def _explain(
@@ -254,21 +239,22 @@ class _Session:
         self,
         loaded: LoadedModel,
         method: list[str] | None = None,
-        option: list[str] | None = None,
         target: list[str] | None = None,
         backend: str = "auto",
         figure: _Figure | None = None,
     ) -> None:
         from ..explainer import Explainer
+        from ..methods import methods_from_texts
 
         self.loaded, self.figure = loaded, figure or _Figure()
         by_block = self.figure.kind == "by_block"
-        names = _growing(method_names(method), method or []) if by_block else method_names(method)
-        self.targets = [loaded.class_index(text) for text in target or []]
+        names = method_names(method)
+        methods = methods_from_texts(_growing(names, method or []) if by_block else names)
+        self.likeliest = _likeliest(target or [], loaded.num_classes)
+        self.targets = [loaded.class_index(text) for text in target or [] if self.likeliest is None]
         if self.figure.kind == "contrast" and len(self.targets) != len(set(self.targets)):
             raise Failure(f"--contrast: expected two classes, received {self._short_name(self.targets[0])!r} twice")
-        options = _parse_options(option or [], names)
-        self.explainer = Explainer(loaded.model, names, backend, rows="by_block" if by_block else None, **options)
+        self.explainer = Explainer(loaded.model, methods, backend, rows="by_block" if by_block else None)
 
     def attribute(self, photos: list[Image.Image]) -> dict[str, Explanation]:
         """Explain photos of any size and shape."""
@@ -282,6 +268,8 @@ class _Session:
 
     def _asked(self, images: Tensor) -> Any:
         """The classes to explain of each image."""
+        if self.likeliest is not None:
+            return self.likeliest
         if self.figure.kind != "contrast" or len(self.targets) == 2:
             return [self.targets] * len(images) if self.targets else None
         if not self.targets:
@@ -355,54 +343,56 @@ class _Session:
 
         paths = []
         for path, explanation in zip(_files(destination, list(explanations)), explanations.values(), strict=True):
-            for k, file in enumerate(_files(path, [re.sub(r"\W+", "-", name) for name in names])):
+            for k, file in enumerate(_files(path, names)):
                 figure = evolution(shown, explanation, index=index, target_index=k, name=names[k], **self.figure.style)
                 paths.append(save_figure(file, figure))
         return paths
 
     def _short_name(self, index: int) -> str:
-        return self.loaded.class_name(index).partition(",")[0]
+        from ..loading import short_class_name
+
+        return short_class_name(self.loaded.class_names, index)
+
+
+def _likeliest(targets: list[str], num_classes: int) -> str | None:
+    """``topK`` where that is asked for; it stands alone."""
+    from ..targets import num_top
+
+    found = next((text for text in targets if _TOP.fullmatch(text)), None)
+    if found is not None:
+        if len(targets) > 1:
+            raise Failure(f"--target: expected {found!r} alone, received {len(targets)} targets")
+        num_top(found, num_classes)
+    return found
 
 
 def _files(destination: Path, parts: list[str]) -> list[Path]:
-    """A file for each part, named after it where there are several."""
-    return [destination if len(parts) == 1 else destination.with_stem(f"{destination.stem}_{part}") for part in parts]
+    """A file for each part, named after it, by what every file system takes, where there are several."""
+    if len(parts) == 1:
+        return [destination]
+    return [destination.with_stem(f"{destination.stem}_{_NO_NAME.sub('-', part)}") for part in parts]
 
 
 def _growing(names: list[str], asked: list[str]) -> list[str]:
     """Without those that 'all' stands for and that have no map for each block; what is named is left to be refused."""
-    from ..methods import build_methods
+    from ..methods import methods_from_texts
 
-    methods = build_methods(names, {})
+    methods = methods_from_texts(names)
     return [name for name in names if name in asked or "all" not in asked or methods[name].grows(num_blocks=2)]
 
 
-def _parse_options(pairs: list[str], methods: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs, each value in the type that the named methods' options have."""
-    from ..methods import build_methods
-    from ..options import parse_value, split_pair
-
-    kinds = [type(method) for method in build_methods(methods, {}).values()]
-    return {name: parse_value(name, text, kinds) for name, text in map(split_pair, pairs)}
-
-
 def _check_output(output: Path | None, many: bool) -> None:
-    """Refuse, before any work, an output that cannot be written."""
+    """Refuse, before any work, an output that cannot be written; its folder is made."""
     if many:
-        folder = output or Path()
         if output is not None and output.suffix.lower() in (*PICTURES, ARRAYS):
             raise Failure(f"output: expected a folder for several photos, received {str(output)!r}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+        make_folder(output or Path())
         return
     if output is None or output.is_dir():
         return
     if output.suffix.lower() not in (*PICTURES, ARRAYS):
         raise Failure(f"output: expected a file ending in {', '.join((*PICTURES, ARRAYS))} or a folder, received {str(output)!r}")
-    if not output.parent.is_dir():
-        raise Failure(f"output: expected a file in an existing folder, received {str(output)!r}")
+    make_folder(output.parent)
 
 
 def _destinations(paths: list[Path], output: Path | None, kind: str = "explained") -> list[Path]:

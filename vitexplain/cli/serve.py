@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Backend, Device, Failure, Model, Weights, app, guarded
+from .app import Backend, Device, Dtype, Failure, Model, Weights, app, guarded
 
 
 @app.command()
@@ -23,7 +23,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.")] = 7860,
     device: Device = "auto",
     backend: Backend = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = "float32",
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve a page on this machine: drop a photo, choose model, methods and class, and see the maps side by side.

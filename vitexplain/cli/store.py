@@ -14,7 +14,7 @@ import typer
 
 from ..files import folder_size
 from ..messages import in_bytes
-from .app import Failure, app, complain, guarded
+from .app import Failure, app, complain, guarded, make_folder
 from .explain import PICTURES
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def summary(
         bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on standard output.")
     ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare it with its checksum.")] = False,
-    images: Annotated[int, typer.Option(help="Images on the contact sheet.", min=1, max=400)] = 24,
+    count: Annotated[int, typer.Option(help="Images on the contact sheet.", min=1, max=400)] = 24,
     method: Annotated[str | None, typer.Option("--method", "-m", help="Label of the method drawn. Default: the first.")] = None,
     source: Source = None,
 ) -> None:
@@ -81,7 +81,7 @@ def summary(
 
     Exit code 0: all is well; 1: an error, in one line, or what --verify found.
     """
-    guarded(lambda: _summary(store, output, as_json, verify, images, method, source))
+    guarded(lambda: _summary(store, output, as_json, verify, count, method, source))
 
 
 # -- show ------------------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ def _place(store: MapStore, output: Path | None, many: bool) -> tuple[Path, Path
         if many:
             raise Failure(f"output: expected a folder for several images, received {str(output)!r}")
         _refuse_inside(store, output)
+        make_folder(output.parent)
         return output.parent, output
     if output is not None and output.suffix and not many and not output.is_dir():
         raise Failure(f"output: expected a file ending in {', '.join(PICTURES)} or a folder, received {str(output)!r}")
@@ -220,10 +221,7 @@ def _place(store: MapStore, output: Path | None, many: bool) -> tuple[Path, Path
 
 def _make_folder(store: MapStore, folder: Path) -> None:
     _refuse_inside(store, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"output: cannot make the folder {str(folder)!r}: {error.strerror}") from error
+    make_folder(folder)
 
 
 def _refuse_inside(store: MapStore, output: Path) -> None:
@@ -251,7 +249,7 @@ def _file_names(ids: list[str]) -> Iterator[str]:
 
 
 def _summary(
-    path: Path, output: Path | None, as_json: bool, verify: bool, images: int, method: str | None, source: Path | None
+    path: Path, output: Path | None, as_json: bool, verify: bool, count: int, method: str | None, source: Path | None
 ) -> None:
     from ..dataset.maps import open_maps
 
@@ -267,7 +265,7 @@ def _summary(
             typer.echo(_verified(content["progress"]))
     for problem in problems:
         complain(problem)
-    pictures, is_drawn = ([], True) if output is None else _draw(store, output, images, method, source)
+    pictures, is_drawn = ([], True) if output is None else _draw(store, output, count, method, source)
     if as_json:
         content |= {"verified": not problems if verify else None, "problems": problems, "pictures": pictures}
         typer.echo(json.dumps(content, indent=2))
@@ -278,7 +276,7 @@ def _summary(
         raise typer.Exit(1)
 
 
-def _draw(store: MapStore, folder: Path, images: int, method: str | None, source: Path | None) -> tuple[list[str], bool]:
+def _draw(store: MapStore, folder: Path, count: int, method: str | None, source: Path | None) -> tuple[list[str], bool]:
     """The pictures written, none where no image has maps; and whether nothing went wrong, which is reported."""
     from ..dataset.pictures import class_means, contact_sheet
     from ..errors import ExplanationError
@@ -291,7 +289,7 @@ def _draw(store: MapStore, folder: Path, images: int, method: str | None, source
     try:
         paths.append(str(save_figure(folder / MEANS, class_means(store, method))))
         finder = _Finder(store, source)
-        paths.append(str(save_figure(folder / SHEET, contact_sheet(store, finder.find, method, count=images))))
+        paths.append(str(save_figure(folder / SHEET, contact_sheet(store, finder.find, method, count=count))))
         finder.conclude()
     except ExplanationError as error:  # a file of the store is damaged, or a picture cannot be written
         complain(str(error))

@@ -59,7 +59,7 @@ def try_one_batch(plan: Plan) -> None:
     Raises:
         InputError, UnsupportedModelError: the model or a method on it cannot be explained.
     """
-    explainer = BatchExplainer(plan.model, plan.methods, batch=1, graph=False, **plan.how)
+    explainer = BatchExplainer(plan.model, plan.methods, batch=1, cuda_graph=False, **plan.how)
     photos, classes = explainer.sample_batch()
     with deterministic(explainer.device, enabled=plan.deterministic):
         try:
@@ -82,7 +82,7 @@ def _seconds_or_none(plan: Plan, batch: int) -> float | None:
 
 def _seconds(plan: Plan, batch: int) -> float:
     """Seconds a batch takes: the fastest of a few, as what else runs on the machine only adds to it."""
-    explainer = BatchExplainer(plan.model, plan.methods, batch=batch, graph=plan.graph, **plan.how)
+    explainer = BatchExplainer(plan.model, plan.methods, batch=batch, cuda_graph=plan.cuda_graph, **plan.how)
     device = explainer.device
     photos, classes = explainer.sample_batch()
     photos, classes = photos.cpu(), None if classes is None else classes.cpu()

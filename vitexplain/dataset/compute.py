@@ -111,7 +111,7 @@ class BatchExplainer:
         backend: of ``Explainer``.
         batch: images in every batch, padding included.
         compile: run the model's blocks as ``torch.compile`` makes them.
-        graph: capture the explanation in a CUDA graph where that can be done.
+        cuda_graph: capture the explanation in a CUDA graph where that can be done.
         packed: give maps in half precision with their scales, on the host; else float32, on the device.
 
     Attributes:
@@ -129,7 +129,7 @@ class BatchExplainer:
         backend: str,
         batch: int,
         compile: bool = False,
-        graph: bool = True,
+        cuda_graph: bool = True,
         packed: bool = True,
     ) -> None:
         inside = in_dtype(model.model, dtype)
@@ -138,7 +138,7 @@ class BatchExplainer:
         self.dtype, self.batch, self.target, self.packed = dtype, batch, target, packed
         self.input_size = model.input_size
         self.busy, self.idle = 0.0, 0.0
-        self.graphed = graph and self.device.type == "cuda" and backend != "dense" and not _by_captum(methods)
+        self.graphed = cuda_graph and self.device.type == "cuda" and backend != "dense" and not _by_captum(methods)
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (model.mean, model.std)
         )

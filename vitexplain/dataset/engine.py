@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..loading import dtype_name
 from .compute import BatchExplainer, BatchResult, Pending, deterministic
+from .layout import Row, ShardContent
 from .loader import Decoded, Decoder, Outcome
 from .settings import Plan
-from .store import Row, ShardContent, StoreWriter
+from .store import StoreWriter
 
 OK, UNREADABLE, NOT_FINITE = "ok", "unreadable", "not_finite"
 _UNWRITTEN_SHARDS = 2  # that may wait for the disk
@@ -68,7 +69,9 @@ class Engine:
 
     def __init__(self, plan: Plan, batch: int, *, packed: bool = True) -> None:
         self.plan, self.batch = plan, batch
-        self.explainer = BatchExplainer(plan.model, plan.methods, batch=batch, graph=plan.graph, packed=packed, **plan.how)
+        self.explainer = BatchExplainer(
+            plan.model, plan.methods, batch=batch, cuda_graph=plan.cuda_graph, packed=packed, **plan.how
+        )
         device = self.explainer.device
         self.decoder = Decoder(
             plan.source,

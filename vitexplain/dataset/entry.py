@@ -19,14 +19,19 @@ from ..errors import InputError, is_out_of_memory
 from ..loading import LoadedModel, dtype_named
 from ..messages import brief, differences
 from ..methods import MethodChoice, methods_from_texts
+from ..options import checked_count
 from ..processes import start_early
-from ..sources import Source, open_source
+from ..sources import Source
+from ..sources.opening import as_source
 from .auto_batch import Measured, best_batch, try_one_batch
 from .compute import BatchExplainer, deterministic
 from .engine import Engine, Tally
+from .layout import checked_output, import_parquet, import_zarr
+from .lock import locked
 from .ranks import Ranks
-from .settings import Plan, checked_count
-from .store import StoreWriter, checked_output, import_parquet, import_zarr, locked, read_settings
+from .settings import Plan
+from .standing import read_settings
+from .store import StoreWriter
 from .work import Counter, Progress, Work, device_name
 
 ENGINES = ("local", "ray")
@@ -121,8 +126,8 @@ class ExplainedBatch:
 def run(
     model: LoadedModel,
     source: Source | str | Path,
-    methods: MethodChoice,
     output: str | Path,
+    methods: MethodChoice = "tokentm",
     *,
     target: str = "pred",
     batch: int | str = "auto",
@@ -134,7 +139,7 @@ def run(
     actors: int | None = None,
     shard: int | None = None,
     compile: bool = False,
-    graph: bool = True,
+    cuda_graph: bool = True,
     deterministic: bool = True,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -145,8 +150,8 @@ def run(
     Args:
         model: with its preprocessing; see ``load_model``.
         source: of images; see ``open_source``.
-        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to any of these.
         output: the store, ``NAME.zarr``; its index ``NAME.parquet`` stands beside it.
+        methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to any of these.
         target: ``"pred"``, the predicted class, ``"label"``, or ``"topK"``, the K likeliest ones.
         batch: images explained at once, or ``"auto"``, found by measurement; that of a store that stands is kept.
         dtype: element type that the model runs in.
@@ -157,7 +162,7 @@ def run(
         actors: on Ray; None for one a GPU, or one where there is none.
         shard: images a file; None for 256 on a CPU and 1,024 on a GPU; a multiple of the batch is made of it.
         compile: run the model's blocks as ``torch.compile`` makes them, at the price of the compiler's time at the beginning.
-        graph: capture explanations in a CUDA graph where that can be done.
+        cuda_graph: capture explanations in a CUDA graph where that can be done.
         deterministic: the same bits each time, also on a GPU.
         overwrite: throw away the store that stands there.
         progress: called from time to time.
@@ -173,8 +178,8 @@ def run(
     output = checked_output(output)
     sizes = _checked_batch(batch), None if shard is None else checked_count("shard", shard, 1, "image")
     plan = _plan(
-        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile, graph=graph,
-        deterministic=deterministic, workers=workers,
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile,
+        cuda_graph=cuda_graph, deterministic=deterministic, workers=workers,
     )  # fmt: skip
     plan.layout(1)  # refuses labels that can name no folder
     import_zarr()
@@ -228,20 +233,20 @@ def stream(
     resize: str = "model",
     workers: int | None = None,
     compile: bool = False,
-    graph: bool = True,
+    cuda_graph: bool = True,
     deterministic: bool = True,
 ) -> Iterator[ExplainedBatch]:
     """Explain every image of a source, batch by batch, and write nothing: maps are tensors on the model's device.
 
     Args:
-        model, source, methods, target, batch, dtype, backend, resize, workers, compile, graph, deterministic: as of ``run``.
+        model, source, methods, target, batch, dtype, backend, resize, workers, compile, cuda_graph, deterministic: as of ``run``.
 
     Raises:
         InputError, UnknownNameError, UnsupportedModelError: as ``run``, before the first batch is asked for.
     """
     plan = _plan(
-        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile, graph=graph,
-        deterministic=deterministic, workers=workers,
+        model, source, methods, target=target, dtype=dtype, backend=backend, resize=resize, compile=compile,
+        cuda_graph=cuda_graph, deterministic=deterministic, workers=workers,
     )  # fmt: skip
     size = _checked_batch(batch)
     try_one_batch(plan)
@@ -276,12 +281,7 @@ def _stream(plan: Plan, batch: int) -> Iterator[ExplainedBatch]:
 def _plan(
     model: LoadedModel, source: Source | str | Path, methods: MethodChoice, *, workers: int | None, dtype: str, **settings: Any
 ) -> Plan:
-    if not isinstance(model, LoadedModel):
-        raise InputError(f"model: expected a LoadedModel, as load_model gives it, received {type(model).__name__}")
-    if not isinstance(source, Source | str | Path):
-        raise InputError(f"source: expected a Source or a path, received {type(source).__name__}")
-    if not isinstance(source, Source):
-        source = open_source(source, classes=model)
+    source = as_source(source, model)
     device = next(model.model.parameters()).device
     return Plan(
         model=model,
@@ -387,7 +387,7 @@ def _bare_images_per_second(plan: Plan, batch: int, work: Work) -> float | None:
         return None
     try:
         with deterministic(plan.device, enabled=plan.deterministic):
-            return BatchExplainer(plan.model, plan.methods, batch=batch, graph=False, **plan.how).bare_images_per_second()
+            return BatchExplainer(plan.model, plan.methods, batch=batch, cuda_graph=False, **plan.how).bare_images_per_second()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -16,18 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ExplanationError, InputError, unknown_name
-from .store import (
-    FILES,
-    FORMAT,
-    RUNS,
-    Layout,
-    as_text,
+from .layout import FILES, FORMAT, RUNS, Layout, as_text, import_parquet, import_zarr, index_path, index_schema
+from .standing import (
     cannot_read,
     file_size,
-    import_parquet,
-    import_zarr,
-    index_path,
-    index_schema,
     is_of_the_system,
     parts,
     read_json,

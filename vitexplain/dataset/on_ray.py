@@ -23,8 +23,10 @@ from ..errors import ExplanationError, InputError
 from ..files import writing
 from ..messages import brief, differences, quiet, some
 from .engine import Engine, Tally
+from .layout import part_path
 from .settings import Plan
-from .store import StoreWriter, part_path, read_settings, remove_leftovers
+from .standing import read_settings
+from .store import StoreWriter, remove_leftovers
 from .work import Counter, Work, device_name
 
 SHARDS_A_TASK = {"cpu": 1, "cuda": 8}  # a GPU is through with a shard in a second, and between two tasks it waits for photos

@@ -16,20 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
-from ..heatmap import blend, max_magnitude, min_max
-from ..loading import Display, resized
+from ..heatmap import ALPHA, blend, is_signed, max_magnitude, min_max
+from ..loading import Display, resized, short_class_name
 from ..photos import load_photo
 from ..sources import Source, open_source
 from ..visualize import fitted, in_cell, panel, sheet
+from .layout import as_text
 from .maps import MapStore
-from .store import as_text
 
 if TYPE_CHECKING:
     import pyarrow
 
 MAX_CLASSES = 24
 NUM_IMAGES = 24
-ALPHA = 0.55
 
 _READ_BYTES = 32 * 1024 * 1024  # of maps in memory at once
 _WIDE_SHEET = 10  # columns, for more images than six columns show well
@@ -148,7 +147,7 @@ def overlay(
     for label in methods or store.methods:
         values = store.maps(row["row"], label, as_torch=True)
         for place in shown:
-            name = label if len(shown) == 1 else f"{label}: {place + 1}. {short_name(store.settings, targets[place])}"
+            name = label if len(shown) == 1 else f"{label}: {place + 1}. {_short_name(store.settings, targets[place])}"
             maps[name] = values if store.num_targets is None else values[place]
     ground, alpha = (_blank(store.settings), 1.0) if photo is None else (photo, alpha)
     return panel(
@@ -180,7 +179,7 @@ def class_means(store: MapStore, method: str | None = None) -> Figure:
     ground = in_cell(_blank(store.settings))
     pictures = [
         (
-            fitted(short_name(store.settings, int(found[place])), end=f" ({counts[place]:,})"),
+            fitted(_short_name(store.settings, int(found[place])), end=f" ({counts[place]:,})"),
             blend(ground, mean, alpha=1.0, signed=signed),
         )
         for place, mean in zip(largest, means, strict=True)
@@ -210,12 +209,12 @@ def contact_sheet(
     places = np.linspace(0, len(done) - 1, min(count, len(done))).round().astype(int)
     rows = [done.slice(place, 1).to_pylist()[0] for place in places.tolist()]
     maps = [_first(store, store.maps([row["row"]], label, as_torch=True))[0] for row in rows]
-    signed = any(bool((heat < 0).any()) for heat in maps)
+    signed = any(is_signed(heat) for heat in maps)
     pictures = []
     for row, heat in zip(rows, maps, strict=True):
         photo = find(row)
         ground, share = (_blank(store.settings), 1.0) if photo is None else (photo, alpha)
-        about = fitted(short_name(store.settings, row["prediction"]), end=f" ({_percent(row['score'], 0)})")
+        about = fitted(_short_name(store.settings, row["prediction"]), end=f" ({_percent(row['score'], 0)})")
         pictures.append(
             (f"{fitted(row['id'], keep_tail=True)}\n{about}", blend(in_cell(ground), heat, alpha=share, signed=signed))
         )
@@ -238,10 +237,8 @@ def drawable(store: MapStore) -> pyarrow.Table:
     return found
 
 
-def short_name(settings: Mapping[str, Any], index: int) -> str:
-    """A class's name up to its first comma, or ``"class 7"`` where it is not known."""
-    names = settings["model"]["class_names"] or ()
-    return names[index].partition(",")[0] if index < len(names) else f"class {index}"
+def _short_name(settings: Mapping[str, Any], index: int) -> str:
+    return short_class_name(settings["model"]["class_names"], index)
 
 
 def _label(store: MapStore, method: str | None) -> str:
@@ -261,7 +258,7 @@ def _means(store: MapStore, label: str, rows: np.ndarray, classes: np.ndarray, w
     for maps in _slices(store, label, rows[chosen].tolist()):
         here = places[start : start + len(maps)]
         start += len(maps)
-        signed = signed or bool((maps < 0).any())
+        signed = signed or is_signed(maps)
         for kind, scaled in ((False, min_max(maps)), (True, max_magnitude(maps))):
             total = sums.setdefault(kind, torch.zeros(len(wanted), *maps.shape[1:], dtype=torch.float64))
             total.index_add_(0, here, scaled.double())
@@ -288,10 +285,10 @@ def _blank(settings: Mapping[str, Any]) -> Image.Image:
 
 
 def _about(settings: Mapping[str, Any], row: Mapping[str, Any], explained: Sequence[int]) -> str:
-    parts = [f"predicted: {short_name(settings, row['prediction'])} ({_percent(row['score'], 1)})"]
+    parts = [f"predicted: {_short_name(settings, row['prediction'])} ({_percent(row['score'], 1)})"]
     if row["label"] is not None:
-        parts.append(f"label: {short_name(settings, row['label'])}")
-    return " · ".join([*parts, f"explained: {', '.join(short_name(settings, index) for index in explained)}"])
+        parts.append(f"label: {_short_name(settings, row['label'])}")
+    return " · ".join([*parts, f"explained: {', '.join(_short_name(settings, index) for index in explained)}"])
 
 
 def _about_store(store: MapStore) -> str:

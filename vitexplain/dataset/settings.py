@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 
-from ..environment import versions
+from ..environment import versions, with_used
 from ..errors import InputError, UnsupportedModelError
 from ..explainer import Explainer
-from ..loading import LoadedModel, Preprocess, dtype_name, weights_hash
+from ..loading import RESIZE, LoadedModel, Preprocess, dtype_name
 from ..methods import CaptumMethod, Method
 from ..models import read_anatomy
+from ..options import checked_count
 from ..sources import Source
 from ..targets import num_top
-from .store import FORMAT, Layout
+from .layout import FORMAT, Layout
 
-RESIZE = ("model", "squash")
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 PACKAGES = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "zarr", "numcodecs", "pyarrow")
 
 
@@ -36,7 +35,7 @@ class Plan:
         backend: of the explanations.
         resize: ``"model"`` or ``"squash"``; see ``LoadedModel.preprocess``.
         compile: run the model's blocks as ``torch.compile`` makes them.
-        graph: capture explanations in a CUDA graph where that can be done.
+        cuda_graph: capture explanations in a CUDA graph where that can be done.
         deterministic: the same bits each time, also on a GPU.
         workers: processes that decode photos, for each device.
 
@@ -52,7 +51,7 @@ class Plan:
     backend: str = "auto"
     resize: str = "model"
     compile: bool = False
-    graph: bool = True
+    cuda_graph: bool = True
     deterministic: bool = True
     workers: int = 0
 
@@ -60,7 +59,7 @@ class Plan:
         if self.resize not in RESIZE:
             raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {self.resize!r}")
         checked_count("workers", self.workers, 0, "process")
-        for name in ("compile", "graph", "deterministic"):
+        for name in ("compile", "cuda_graph", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected True or False, received {getattr(self, name)!r}")
         if self.device.type not in ("cpu", "cuda"):
@@ -85,9 +84,7 @@ class Plan:
             raise InputError(f"target: expected pred, label or topK, such as top3, received {self.target!r}")
         if self.target == "label" and self.source.labels is None:
             raise InputError(f"target: 'label' needs labels, and {self.source.name!r} ({self.source.kind}) has none")
-        for name, label in zip(self.source.ids, self.source.labels or (), strict=False):
-            if not 0 <= label < count:
-                raise InputError(f"label: expected a class from 0 to {count - 1}, received {label} for image {name!r}")
+        self.source.check_labels(count)
 
     @property
     def device(self) -> torch.device:
@@ -126,10 +123,7 @@ class Plan:
         return {
             "format": FORMAT,
             "model": {
-                "name": self.model.name,
-                "weights_sha256": weights_hash(self.model.model),
-                "resize": self.resize,
-                "preprocessing": {name: self.model.config.get(name) for name in PREPROCESSING},
+                **self.model.settings(self.resize),
                 "class_names": None if self.model.class_names is None else list(self.model.class_names),
             },
             "data": {
@@ -157,17 +151,4 @@ class Plan:
     def versions(self) -> dict[str, str]:
         """Of all packages that the maps depend on, as they are in this process."""
         captum = any(isinstance(method, CaptumMethod) for method in self.methods.values())
-        used = {"captum": captum, "transformers": "transformers" in type(self.model.model).__module__}
-        return versions((*PACKAGES, *(name for name, is_used in used.items() if is_used)))
-
-
-def checked_count(name: str, value: Any, least: int, unit: str) -> int:
-    """A whole number.
-
-    Raises:
-        InputError: it is none, or less than ``least``.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        several = f"{unit}es" if unit.endswith("s") else f"{unit}s"
-        raise InputError(f"{name}: expected {least} or more {several}, received {value!r}")
-    return value
+        return versions(with_used(PACKAGES, self.model.model, captum=captum))

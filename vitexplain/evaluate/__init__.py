@@ -11,27 +11,42 @@ from ..errors import InputError
 from ..files import write_whole
 from ..loading import LoadedModel
 from ..methods import MethodChoice
+from ..options import checked_count
 from ..sources import Source
+from .controls import CONTROLS
 from .curves import save_curves
 from .gallery import choose_gallery
 from .protocols import PROTOCOLS, Protocol
+from .quantus_bridge import build_metric, metric_names, quantus_explainer, quantus_scores
 from .report import write_report
 from .results import Results
-from .runner import Evaluation, Progress
+from .runner import Evaluation, ProgressCallback
 from .tables import markdown
 
-__all__ = ["PROTOCOLS", "Evaluation", "Protocol", "Results", "evaluate", "write_results"]
+__all__ = [
+    "CONTROLS",
+    "PROTOCOLS",
+    "Evaluation",
+    "Protocol",
+    "Results",
+    "build_metric",
+    "evaluate",
+    "metric_names",
+    "quantus_explainer",
+    "quantus_scores",
+    "write_results",
+]
 
 
 def evaluate(
     model: LoadedModel,
-    source: Source,
-    methods: MethodChoice,
-    protocols: str | Protocol | Iterable[str | Protocol],
+    source: Source | str | Path,
     output: str | Path,
+    methods: MethodChoice = "tokentm",
+    protocols: str | Protocol | Iterable[str | Protocol] = "perturbation",
     *,
     gallery: int = 12,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Results:
     """Measure how faithful methods are to a model, and write tables, curves and a report.
@@ -40,7 +55,7 @@ def evaluate(
     arguments.
 
     Args:
-        model, source, methods, protocols, output, settings: see ``Evaluation``.
+        model, source, output, methods, protocols, settings: see ``Evaluation``.
         gallery: photos in the report.
         progress: called with the number of images done and of all.
 
@@ -52,7 +67,8 @@ def evaluate(
     """
     if find_spec("jinja2") is None:
         raise InputError("the report needs jinja2: pip install 'vitexplain[evaluate]'")
-    evaluation = Evaluation(model, source, methods, protocols, output, **settings)
+    checked_count("gallery", gallery, 0, "photo")
+    evaluation = Evaluation(model, source, output, methods, protocols, **settings)
     results = evaluation.run(progress)
     write_results(evaluation, results, gallery=gallery)
     return results

@@ -111,6 +111,7 @@ class Batch:
 
     @property
     def num_pixels(self) -> int:
+        """h·w, of each image."""
         return self.images.shape[-2] * self.images.shape[-1]
 
     def take(self, rows: Tensor) -> Batch:

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..errors import InputError
+from ..files import writing
 from .results import Curve, Results
 from .tables import EXPLAINED, names, protocol_title
 
@@ -197,10 +197,7 @@ def _legend(figure: Figure, axes: Axes, lines: list[Line2D], shown: list[str]) -
 
 def _save(figure: Figure, path: Path) -> Path:
     """Without dates and with ids that depend on the content alone."""
-    try:
+    with writing(path), matplotlib.rc_context({"svg.hashsalt": "vitexplain"}):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "vitexplain"}):
-            figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as error:
-        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path

@@ -8,6 +8,8 @@ from itertools import combinations
 
 import numpy as np
 
+from ..heatmap import is_signed
+from ..loading import short_class_name
 from .results import GalleryPhoto
 from .runner import BETWEEN, Evaluation
 
@@ -56,11 +58,11 @@ def _caption(evaluation: Evaluation, arrays: Mapping[str, np.ndarray], row: int)
 
 
 def _short(evaluation: Evaluation, index: int) -> str:
-    return evaluation.model.class_name(index).partition(",")[0]
+    return short_class_name(evaluation.model.class_names, index)
 
 
 def _photo(evaluation: Evaluation, value: float, name: str, maps: dict[str, np.ndarray], caption: str) -> GalleryPhoto:
     sample = evaluation.source.sample(evaluation.source.ids.index(name))
     seen = evaluation.preprocess.seen(sample.photo).permute(1, 2, 0).numpy()
-    signed = frozenset(label for label, values in maps.items() if (values < 0).any())
+    signed = frozenset(label for label, values in maps.items() if is_signed(values))
     return GalleryPhoto(name, caption, seen, maps, signed, value)

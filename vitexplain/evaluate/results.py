@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+from ..files import check_file
+from ..messages import brief
+
 
 @dataclass(frozen=True)
 class Column:
@@ -123,8 +127,34 @@ class Results:
 
     @classmethod
     def from_json(cls, text: str) -> Results:
-        """From ``to_json``."""
-        content: Mapping[str, Any] = json.loads(text)
+        """From ``to_json``.
+
+        Raises:
+            InputError: another text, or a damaged one.
+        """
+        try:
+            return cls._of(json.loads(text))
+        except _NOT_RESULTS as error:
+            raise InputError(f"results: expected the text of a results.json, received {_described(error)}") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """From a ``results.json``.
+
+        Raises:
+            InputError: no such file, one that cannot be read, another file, or a damaged one.
+        """
+        path = Path(path)
+        check_file(path, "results")
+        try:
+            return cls._of(json.loads(path.read_bytes()))
+        except OSError as error:
+            raise InputError(f"results: cannot read {str(path)!r}: {brief(error)}") from error
+        except _NOT_RESULTS as error:
+            raise InputError(f"results: expected a results.json in {str(path)!r}, received {_described(error)}") from error
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Results:
         return cls(
             methods={label: MethodEntry(**entry) for label, entry in content["methods"].items()},
             columns=tuple(Column(**_with_tuples(column)) for column in content["columns"]),
@@ -136,10 +166,12 @@ class Results:
             timing=content["timing"],
         )
 
-    @classmethod
-    def read(cls, path: str | Path) -> Results:
-        """From a ``results.json``."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+_NOT_RESULTS = (ValueError, KeyError, TypeError, AttributeError)  # no JSON, or JSON of something else
+
+
+def _described(error: Exception) -> str:
+    return f"something else, or a damaged one ({type(error).__name__}: {brief(error)})"
 
 
 def _with_tuples(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..environment import environment
+from ..environment import environment, with_used
 from ..errors import InputError, UnsupportedModelError
 from ..explainer import Explainer
-from ..loading import LoadedModel, Preprocess, dtype_name, dtype_named, in_dtype, weights_hash
+from ..loading import RESIZE, LoadedModel, Preprocess, dtype_name, dtype_named, in_dtype
 from ..methods import CaptumMethod, Method, MethodChoice, methods_from_texts
 from ..models import read_anatomy
+from ..options import checked_count
 from ..sources import Sample, Source
+from ..sources.opening import as_source
 from .batch import Batch, Classifier, RankedMaps
 from .controls import CONTROLS, control_maps
 from .journal import Journal
@@ -31,13 +33,11 @@ from .results import MethodEntry, Results
 from .summary import Raw, summarise
 
 EXPLAINED = ("pred", "gt")
-RESIZE = ("auto", "model", "squash")
 VERSIONS = ("vitexplain", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn")
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 DEFAULT_BATCHES = {"cpu": (8, 64), "gpu": (32, 512)}
 BETWEEN = "|"  # parts of an array's name in a chunk
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Evaluation:
 
     Args:
         model: with its preprocessing; see ``load_model``.
-        source: of images; see ``open_source``.
+        source: of images, or the path of one; see ``open_source``.
+        output: the folder that keeps what was measured. What stands there is gone on with.
         methods: names, ``NAME:OPTION=VALUE,…`` texts or ``Method`` instances, or a mapping of labels to any of these. The
             ablation has rows of its own and leaves them aside.
         protocols: names, ``NAME:OPTION=VALUE,…`` texts or ``Protocol`` instances.
-        output: the folder that keeps what was measured. What stands there is gone on with.
         explained: the classes that are explained: ``"pred"``, the predicted one, ``"gt"``, the label, or both.
         controls: also measure random maps, a centre prior, and the first method's negated maps (in an ablation by itself:
             those of the whole ``tokentm``).
@@ -89,7 +89,7 @@ class Evaluation:
         explain_dtype: of the explanations.
         backend: of the explanations.
         seed: of ties, random maps and the bootstrap.
-        resamples: of the bootstrap.
+        bootstrap: resamples of the images for the intervals.
         overwrite: throw away what stands in the folder.
 
     Raises:
@@ -99,10 +99,10 @@ class Evaluation:
     def __init__(
         self,
         model: LoadedModel,
-        source: Source,
-        methods: MethodChoice,
-        protocols: str | Protocol | Iterable[str | Protocol],
+        source: Source | str | Path,
         output: str | Path,
+        methods: MethodChoice = "tokentm",
+        protocols: str | Protocol | Iterable[str | Protocol] = "perturbation",
         *,
         explained: str | Iterable[str] = ("pred",),
         controls: bool = True,
@@ -113,10 +113,10 @@ class Evaluation:
         explain_dtype: str = "float32",
         backend: str = "auto",
         seed: int = 0,
-        resamples: int = 2000,
+        bootstrap: int = 2000,
         overwrite: bool = False,
     ) -> None:
-        self.model, self.source, self.output = model, source, Path(output)
+        self.model, self.source, self.output = model, as_source(source, model), Path(output)
         self.dtype, self.explain_dtype = dtype_named(dtype), dtype_named(explain_dtype, "explain_dtype")
         self.methods = methods_from_texts(methods)
         self.protocols = build_protocols([protocols] if isinstance(protocols, str | Protocol) else protocols)
@@ -125,7 +125,7 @@ class Evaluation:
         default_batch, default_forward_batch = DEFAULT_BATCHES["cpu" if device.type == "cpu" else "gpu"]
         self.batch = default_batch if batch is None else batch
         self.forward_batch = default_forward_batch if forward_batch is None else forward_batch
-        self.seed, self.resamples = seed, resamples
+        self.seed, self.bootstrap = seed, bootstrap
         self._check(resize)
         self.needs_masks = any(protocol.needs_masks for protocol in self.protocols.values())
         self.resize = resize if resize != "auto" else "squash" if self.needs_masks else "model"
@@ -146,17 +146,17 @@ class Evaluation:
     # -- checks and settings -------------------------------------------------------------------------------------------
 
     def _check(self, resize: str) -> None:
-        if resize not in RESIZE:
-            raise InputError(f"resize: expected one of {', '.join(RESIZE)}, received {resize!r}")
+        if resize not in ("auto", *RESIZE):
+            raise InputError(f"resize: expected one of {', '.join(('auto', *RESIZE))}, received {resize!r}")
         for value in self.explained:
             if value not in EXPLAINED:
                 raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received {value!r}")
         if not self.explained:
             raise InputError(f"explained: expected {' or '.join(EXPLAINED)}, received none")
-        numbers = {"batch": 1, "forward_batch": 1, "resamples": 1, "seed": 0}
-        for name, least in numbers.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: expected at least {least}, received {getattr(self, name)}")
+        checked_count("batch", self.batch, 1, "image")
+        checked_count("forward_batch", self.forward_batch, 1, "image")
+        checked_count("bootstrap", self.bootstrap, 1, "resample")
+        checked_count("seed", self.seed, 0)
         if "gt" in self.explained and not self.source.has_labels:
             raise InputError(f"explained: 'gt' needs labels, and {self.source.name!r} ({self.source.kind}) has none")
         for label, protocol in self.protocols.items():
@@ -170,13 +170,7 @@ class Evaluation:
                 raise InputError(f"label: expected one without {BETWEEN!r}, received {label!r}")
             if label in taken:
                 raise InputError(f"label: expected one that no control or variant of the ablation has, received {label!r}")
-        self._check_labels()
-
-    def _check_labels(self) -> None:
-        count = self.model.num_classes
-        for name, label in zip(self.source.ids, self.source.labels or (), strict=False):
-            if not 0 <= label < count:
-                raise InputError(f"label: expected a class from 0 to {count - 1}, received {label} for image {name!r}")
+        self.source.check_labels(self.model.num_classes)
 
     def _rows(self, controls: bool) -> dict[str, _Row]:
         """By label: methods, the ablation's variants, and controls."""
@@ -196,20 +190,14 @@ class Evaluation:
         """Whose versions the figures depend on."""
         captum = any(isinstance(method, CaptumMethod) for method in self._explained_methods().values())
         quantus = any(isinstance(protocol, Quantus) for protocol in self.protocols.values())
-        used = {"captum": captum, "quantus": quantus, "transformers": "transformers" in type(self.model.model).__module__}
-        return (*VERSIONS, *(name for name, is_used in used.items() if is_used))
+        return with_used(VERSIONS, self.model.model, captum=captum, quantus=quantus)
 
     def _explained_methods(self) -> dict[str, Method]:
         return {label: {**VARIANTS, **self.methods}[label] for label, row in self.rows.items() if row.entry.kind != "control"}
 
     def _settings(self, controls: bool, backend: str) -> dict[str, Any]:
         return {
-            "model": {
-                "name": self.model.name,
-                "weights_sha256": weights_hash(self.model.model),
-                "resize": self.resize,
-                "preprocessing": {name: self.model.config.get(name) for name in PREPROCESSING},
-            },
+            "model": self.model.settings(self.resize),
             "data": {
                 "name": self.source.name,
                 "kind": self.source.kind,
@@ -233,7 +221,7 @@ class Evaluation:
 
     # -- the run ---------------------------------------------------------------------------------------------------------
 
-    def run(self, progress: Progress | None = None) -> Results:
+    def run(self, progress: ProgressCallback | None = None) -> Results:
         """Measure what is not measured yet, and summarise.
 
         Args:
@@ -408,7 +396,7 @@ class Evaluation:
             key: {name: np.concatenate(parts) for name, parts in arrays.items()} for key, arrays in raw.items()
         }
         found = summarise(
-            joined, self.protocols, self.explained, labels=self.source.has_labels, resamples=self.resamples, seed=self.seed
+            joined, self.protocols, self.explained, labels=self.source.has_labels, resamples=self.bootstrap, seed=self.seed
         )
         count = len(self.source) - len(left_out)
         return Results(
@@ -416,7 +404,7 @@ class Evaluation:
             columns=found.columns,
             figures=found.figures,
             curves=found.curves,
-            settings={**self.settings, "bootstrap": self.resamples},
+            settings={**self.settings, "bootstrap": self.bootstrap},
             environment=self.environment,
             left_out=tuple(left_out),
             timing={

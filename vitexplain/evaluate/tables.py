@@ -119,7 +119,7 @@ class Layout:
 
 
 def markdown(results: Results) -> str:
-    """``results.md``: what was evaluated, a table for each protocol, and which images were left out."""
+    """What ``results.md`` holds: what was evaluated, a table for each protocol, which images were left out, and the settings."""
     parts = ["# Evaluation", _bullets(overview(results)), LEGEND]
     for protocol in protocols(results):
         layout = lay_out(results, protocol)
@@ -135,8 +135,12 @@ def table(results: Results, protocol: str, methods: Sequence[str] | None = None)
     """One protocol's table with the remarks that belong to it, as Markdown.
 
     Args:
+        results: an evaluation's.
         protocol: its label.
         methods: labels of the rows to show, in the results' order; None shows all.
+
+    Returns:
+        Text that ends with a line break.
 
     Raises:
         UnknownNameError: the results have no such protocol or method.

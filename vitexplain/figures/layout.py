@@ -24,6 +24,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from ..errors import InputError
+from ..files import writing
 
 COLUMNS = 5
 DPI = 160
@@ -193,15 +194,16 @@ def wrapped_name(name: str, cells: Cells) -> str:
 
 
 def save_figure(path: str | Path, figure: Figure, *, dpi: int = DPI) -> Path:
-    """Write a figure to a picture file; raises ``InputError`` where it cannot be written."""
+    """Write a figure to a picture file; returns its path.
+
+    Raises:
+        InputError: the suffix is no picture's, or the file cannot be written.
+    """
     path = Path(path)
     if path.suffix.lower().removeprefix(".") not in figure.canvas.get_supported_filetypes():
         raise InputError(f"output: cannot write {str(path)!r}: expected the suffix of a picture, such as .png")
-    try:
-        with any_letters():
-            figure.savefig(path, dpi=dpi)
-    except OSError as error:
-        raise InputError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+    with writing(path), any_letters():
+        figure.savefig(path, dpi=dpi)
     return path
 
 

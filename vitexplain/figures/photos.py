@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..explanation import Explanation
-from ..heatmap import SCALES, SIGNED_COLORMAP, as_photo, blend, check_colormap
+from ..heatmap import ALPHA, SCALES, SIGNED_COLORMAP, as_photo, blend, check_colormap, is_signed
 from .layout import DPI, PANEL, Cells, Scale, compose, save_figure, wrapped_name
 
 _EVOLUTION = Cells(6, 1.9, 0.17, 9, 5.4)
@@ -28,7 +28,7 @@ def panel(
     title: str = "",
     caption: str = "",
     photo_title: str | None = "photo",
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     colormap: str | None = None,
 ) -> Figure:
     """A figure of the photo and, for each title, its map laid over it; at most five pictures a row.
@@ -55,9 +55,9 @@ def panel(
     pictures = [] if photo_title is None else [(photo_title, picture)]
     for name, heat in maps.items():
         _check_map(name, heat)
-        pictures.append((name, blend(picture, heat.detach(), alpha=alpha, signed=_signed(heat), colormap=colormap)))
+        pictures.append((name, blend(picture, heat.detach(), alpha=alpha, signed=is_signed(heat), colormap=colormap)))
     named = [(wrapped_name(name, cells), shown) for name, shown in pictures]
-    scales = [_scale(kind, colormap) for kind in sorted({_signed(heat) for heat in maps.values()})]
+    scales = [_scale(kind, colormap) for kind in sorted({is_signed(heat) for heat in maps.values()})]
     return compose(named, title, caption, scales, cells)
 
 
@@ -79,7 +79,7 @@ def contrast(
     names: Sequence[str] | None = None,
     title: str | None = None,
     caption: str | None = None,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     colormap: str | None = None,
 ) -> Figure:
     """What speaks for one class rather than another: the photo, the map of each, and the difference of the two.
@@ -140,7 +140,7 @@ def evolution(
     columns: int = _EVOLUTION.columns,
     title: str | None = None,
     caption: str | None = None,
-    alpha: float = 0.55,
+    alpha: float = ALPHA,
     colormap: str | None = None,
 ) -> Figure:
     """A map as it grows: one overlay for each block, from the last block alone to all of them.
@@ -174,7 +174,7 @@ def evolution(
     maps = explanation.select(index, target_index, by_block=True).detach().float().cpu()
     for block, heat in enumerate(maps):
         _check_map(f"block {block}", heat)
-    signed = _signed(maps)
+    signed = is_signed(maps)
     # What a chain of blocks adds up to grows by orders of magnitude, so that on a scale of values the first pictures would be
     # blank; scaled each on its own, a flat map would look like a peaked one. Shares on one scale show where a map is, and how
     # much more it is there than before. The few largest values of all blocks do not count, lest one patch dim everything else.
@@ -233,10 +233,6 @@ def _check_map(name: str, heat: object) -> None:
         raise InputError(f"maps: expected a tensor (gh, gw) for {name!r}, received {received}")
     if not torch.isfinite(heat).all():
         raise InputError(f"maps: expected finite values for {name!r}, received NaN or infinity")
-
-
-def _signed(heat: Tensor) -> bool:
-    return bool((heat < 0).any())
 
 
 def _scale(signed: bool, colormap: str | None) -> Scale:

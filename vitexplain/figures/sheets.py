@@ -29,6 +29,9 @@ def sheet(
         caption: in small below the title.
         kinds: of the maps shown, for the legend: whether they are signed.
         columns: the most pictures in a row.
+
+    Returns:
+        A figure that belongs to no global state.
     """
     return compose(pictures, title, caption, [SCALES[kind] for kind in kinds], replace(SHEET, columns=columns))
 

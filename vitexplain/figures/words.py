@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..explanation import Explanation
-from ..heatmap import SCALES, check_colormap, colorize
+from ..heatmap import SCALES, check_colormap, colorize, is_signed
 from .layout import INK, LEGEND_HEIGHT, MARGIN, Header, Scale, new_figure, place_legend, place_text, text_width
 
 # Words stand on paper, not on a photo: what is low is white here, where the scale of photos is black.
@@ -95,7 +95,7 @@ def tokens(
     if not kept:
         raise InputError("words: expected at least one token that stands for a word, received none; special=True shows all")
     pieces, heat = read_tokens([words[i] for i in kept]), heat[kept]
-    signed = bool((heat < 0).any())
+    signed = is_signed(heat)
     scale: Scale = SCALES[True] if signed else (UNSIGNED_COLORMAP, *SCALES[False][1:])
     scale = (colormap or scale[0], *scale[1:])
     colors = colorize(heat[None], signed=signed, colormap=scale[0])[0] / 255

@@ -32,7 +32,7 @@ def local_gradient(trace: Trace, block: BlockTrace, target: Target) -> tuple[Ten
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _BlockMaps:
     """Per-block maps m_l (B, n) and class logits and probabilities (B,) so far, last block first."""
 
     target: Target
@@ -72,15 +72,15 @@ class IBA(Method):
         """The probabilities that the head gives at each block weigh the maps."""
         return self.relevance == "probability"
 
-    def start(self, trace: Trace, target: Target) -> _Walk:  # noqa: ARG002
-        return _Walk(target)
+    def start(self, trace: Trace, target: Target) -> _BlockMaps:  # noqa: ARG002
+        return _BlockMaps(target)
 
-    def step(self, state: _Walk, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _Walk:  # noqa: ARG002
+    def step(self, state: _BlockMaps, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _BlockMaps:  # noqa: ARG002
         logits, local_grad = local_gradient(trace, block, state.target)
         rows = Rows(trace.start_rows, trace.support)
         block_map = propagate(rows, block, phi="p_relu_g", grad_out=local_grad)[:, 0]
         logits = logits.to(block_map.dtype)
-        return _Walk(
+        return _BlockMaps(
             state.target,
             (*state.maps, block_map),
             (*state.logits, state.target.value(logits)),
@@ -90,7 +90,7 @@ class IBA(Method):
     def _probability(self, target: Target, logits: Tensor) -> tuple[Tensor, ...]:
         return (target.probability(logits),) if self.relevance == "probability" else ()
 
-    def finish(self, state: _Walk, trace: Trace) -> Tensor:
+    def finish(self, state: _BlockMaps, trace: Trace) -> Tensor:
         maps = torch.stack(state.maps[::-1], 1)  # (B, L, n)
         if self.relevance == "gradient":
             return maps.sum(1, keepdim=True)
@@ -100,7 +100,7 @@ class IBA(Method):
         scaled = maps / maps.amax(-1, keepdim=True).clamp_min(tiny)
         return (shares.unsqueeze(-1) * scaled).sum(1, keepdim=True)
 
-    def _relevances(self, state: _Walk, trace: Trace) -> Tensor:
+    def _relevances(self, state: _BlockMaps, trace: Trace) -> Tensor:
         logits = torch.stack(state.logits[::-1], 1)
         if self.relevance == "probability":
             return torch.stack(state.probabilities[::-1], 1)

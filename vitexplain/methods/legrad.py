@@ -16,7 +16,7 @@ from .iba import local_gradient
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _Total:
     """The sum of the blocks' maps so far, (B, 1, n)."""
 
     target: Target
@@ -40,13 +40,13 @@ class LeGrad(Method):
     uses_reads: ClassVar[bool] = True
     reads_head_rows: ClassVar[bool] = True
 
-    def start(self, trace: Trace, target: Target) -> _Walk:
-        return _Walk(target, torch.zeros_like(trace.start_rows))
+    def start(self, trace: Trace, target: Target) -> _Total:
+        return _Total(target, torch.zeros_like(trace.start_rows))
 
-    def step(self, state: _Walk, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _Walk:  # noqa: ARG002
+    def step(self, state: _Total, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> _Total:  # noqa: ARG002
         _, local_grad = local_gradient(trace, block, state.target)
         rows = Rows(uniform_rows(block).values, local_grad.shape[2])
-        return _Walk(state.target, state.total + propagate(rows, block, phi="relu_g", grad_out=local_grad))
+        return _Total(state.target, state.total + propagate(rows, block, phi="relu_g", grad_out=local_grad))
 
-    def finish(self, state: _Walk, trace: Trace) -> Tensor:  # noqa: ARG002
+    def finish(self, state: _Total, trace: Trace) -> Tensor:  # noqa: ARG002
         return state.total

@@ -99,7 +99,7 @@ class TokenTM(ChainMethod):
     def update(self, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Update:  # noqa: ARG002
         weights = block.observed.get(self, _Weights(None, None, None))
         factors = None if weights.mlp is None else 1 + weights.mlp
-        return Update(phi="p_relu_g", token_weights=weights.attention, token_factors=factors)
+        return Update(phi="p_relu_g", token_weights=weights.attention, row_factors=factors)
 
     def finish(self, state: Rows, trace: Trace) -> Tensor:
         if not (self.aggregate and self.length):

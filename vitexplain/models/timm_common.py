@@ -57,6 +57,7 @@ def pools_prefix(model: Any) -> bool:
 
 
 def _image_size_check(model: Any) -> Callable[[int, int, int], None]:
+    """What refuses images, by channels, height and width, that the model does not take, with ``InputError``."""
     embed = model.patch_embed
     in_chans = getattr(model, "in_chans", None) or next(m for m in embed.modules() if isinstance(m, nn.Conv2d)).in_channels
 
@@ -78,7 +79,11 @@ def _image_size_check(model: Any) -> Callable[[int, int, int], None]:
 
 
 def read_block(block: nn.Module, index: int, pre_norm: tuple[type, ...]) -> BlockAnatomy:
-    """A block with a timm attention; its branches can be read apart where its class is among ``pre_norm``."""
+    """A block with a timm attention; its branches can be read apart where its class is among ``pre_norm``.
+
+    Raises:
+        UnsupportedModelError: its attention is none of timm's that can be fused.
+    """
     kind = type(block).__name__
     attention = getattr(block, "attn", block)  # a parallel-scaling block is its own attention
     if not hasattr(attention, "fused_attn"):

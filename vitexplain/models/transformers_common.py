@@ -22,7 +22,11 @@ def class_name(model: nn.Module, names: Any) -> str:
 
 
 def part(module: nn.Module, *paths: str) -> Any:
-    """The first of these dotted paths that the module has; versions of transformers name the same part differently."""
+    """The first of these dotted paths that the module has; versions of transformers name the same part differently.
+
+    Raises:
+        UnsupportedModelError: it has none of them.
+    """
     for path in paths:
         found: Any = module
         for name in path.split("."):

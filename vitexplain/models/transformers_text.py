@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture import expect
 from ..errors import InputError, UnsupportedModelError
+from ..value_checks import expect
 from .anatomy import Anatomy, BlockAnatomy, ResidualBranches
 from .transformers_common import class_name, is_transformers_model, logits_of, part, use_sdpa
 

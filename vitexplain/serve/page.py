@@ -17,6 +17,7 @@ from unittest.mock import patch
 import gradio as gr
 from PIL import Image
 
+from ..heatmap import ALPHA
 from ..loading import DEMO
 from ..methods import REGISTRY
 from . import markup
@@ -96,7 +97,7 @@ def build_page(service: Service, folder: Path) -> gr.Blocks:
                     value=service.model,
                     allow_custom_value=True,
                     label="Model",
-                    info="The shipped demo, or any name of timm's.",
+                    info="The shipped demo, any name of timm's, or transformers:NAME.",
                     elem_id="model",
                 )
                 target = gr.Dropdown(
@@ -116,7 +117,7 @@ def build_page(service: Service, folder: Path) -> gr.Blocks:
                         for group, named in grouped_methods().items()
                     ]
                 with gr.Accordion("Colours", open=False, elem_classes="later"):
-                    alpha = gr.Slider(0, 1, value=0.55, step=0.05, label="Strength of the map", elem_id="alpha")
+                    alpha = gr.Slider(0, 1, value=ALPHA, step=0.05, label="Strength of the map", elem_id="alpha")
                     colormap = gr.Dropdown(list(COLORMAPS), value=BY_SIGN, label="Colour map", elem_id="colormap")
             with gr.Column(scale=3, elem_classes="shown"):
                 message = gr.HTML(visible=False, elem_id="message")

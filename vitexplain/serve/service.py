@@ -23,8 +23,8 @@ from ..errors import ExplanationError, InputError, is_out_of_memory
 from ..explainer import Explainer
 from ..explanation import Explanation
 from ..files import check_file
-from ..heatmap import SCALES
-from ..loading import DEMO, LoadedModel, load_model
+from ..heatmap import ALPHA, SCALES
+from ..loading import DEMO, LoadedModel, class_name, load_model, short_class_name
 from ..methods import REGISTRY, CaptumMethod
 from ..photos import decode_photo
 from ..visualize import contrast
@@ -49,7 +49,7 @@ class Request:
     Attributes:
         photo: the file; None where there is none yet.
         photo_name: how messages call it.
-        model: ``"demo"``, or a name of timm's.
+        model: ``"demo"``, a name of timm's, or ``"transformers:NAME"``.
         methods: names of methods, in the order of their maps.
         target: ``"predicted"``, or a class by number or name.
         alpha: a map's share of its picture, 0 to 1.
@@ -62,7 +62,7 @@ class Request:
     model: str = DEMO
     methods: tuple[str, ...] = STARTING_METHODS
     target: str = PREDICTED
-    alpha: float = 0.55
+    alpha: float = ALPHA
     colormap: str = BY_SIGN
     compare: bool = False
 
@@ -116,10 +116,10 @@ class _Seen:
     names: tuple[str, ...] | None
 
     def name(self, index: int) -> str:
-        return self.names[index] if self.names else f"class {index}"
+        return class_name(self.names, index)
 
     def short_name(self, index: int) -> str:
-        return self.name(index).partition(",")[0]
+        return short_class_name(self.names, index)
 
     def probabilities(self) -> Tensor:
         return self.logits.float().softmax(-1)
@@ -152,7 +152,7 @@ class Service:
     """Models by name, and views of photos; one request at a time, whoever asks.
 
     Args:
-        model: the first model, ``"demo"`` or a name of timm's, which is loaded at once.
+        model: the first model, as ``load_model`` takes it, loaded at once.
         weights: file of that model's weights.
         device, dtype: where models are put, and their element type, as ``load_model`` takes them.
         backend: as ``Explainer`` takes it.
@@ -266,7 +266,7 @@ class Service:
         """The model of a name, loaded where it is none of the last ones."""
         if name not in self._models:
             if not name:
-                raise InputError("model: expected 'demo' or a name of timm's, received nothing")
+                raise InputError("model: expected 'demo', a name of timm's, or transformers:NAME, received nothing")
             loaded = load_model(name, self.weights if name == self.model else None, self.device, dtype=self.dtype)
             Explainer(loaded.model, backend=self.backend).check_backend(next(loaded.model.parameters()).device)
             self.loads += 1

@@ -122,6 +122,16 @@ class Source:
         """
         return self._reader.path_of(self._positions[index])
 
+    def check_labels(self, num_classes: int) -> None:
+        """Refuse labels that are no classes of a model with so many.
+
+        Raises:
+            InputError: the first of them, with its image.
+        """
+        for name, label in zip(self.ids, self.labels or (), strict=False):
+            if not 0 <= label < num_classes:
+                raise InputError(f"label: expected a class from 0 to {num_classes - 1}, received {label} for image {name!r}")
+
     def missing(self) -> list[str]:
         """Files of these images that are named but are not there."""
         return self._reader.missing(self._positions)

@@ -75,6 +75,23 @@ def open_source(
     return source
 
 
+def as_source(source: Source | str | Path, model: LoadedModel) -> Source:
+    """A source, or what is at a path, opened with the model's classes.
+
+    Raises:
+        InputError: the source is neither, the model is no ``LoadedModel``, or as ``open_source``.
+    """
+    if not isinstance(model, LoadedModel):
+        raise InputError(
+            f"model: expected a LoadedModel, as load_model or LoadedModel.of gives it, received {type(model).__name__}"
+        )
+    if isinstance(source, Source):
+        return source
+    if not isinstance(source, str | Path):
+        raise InputError(f"source: expected a Source or a path, received {type(source).__name__}")
+    return open_source(source, classes=model)
+
+
 def _refuse_address(text: str) -> None:
     """Raise ``InputError`` for an address such as ``s3://bucket/x``, also as ``Path`` writes it, ``s3:/bucket/x``."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", text)

@@ -122,7 +122,6 @@ class DenseReference:
             self.values = [attention.values for attention in attentions]
             if structure.pooling is None:
                 self.pool_attention = tape.attentions[len(blocks)]
-            self.last_output = outs[-1]
             if structure.mlp_out is None and len(self.middles) == len(blocks):
                 self.mlp_outs = [after - middle for after, middle in zip(outs, self.middles, strict=True)]
         return out

@@ -142,7 +142,7 @@ def _clip_tower() -> nn.Module:
 _IMAGES = "AutoModelForImageClassification"
 _TEXTS = "AutoModelForSequenceClassification"
 
-FAMILIES: tuple[FamilyCase, ...] = (
+FAMILY_CASES: tuple[FamilyCase, ...] = (
     FamilyCase("ViT", "timm", _timm("vit_tiny_patch16_224")),
     FamilyCase("ViT, mean pooling", "timm", _timm("vit_tiny_patch16_224", global_pool="avg")),
     FamilyCase("SigLIP (attention pooling)", "timm", _timm("vit_base_patch16_siglip_224")),
