@@ -118,7 +118,7 @@ $(GPU_INSTALLED): pyproject.toml CMakeLists.txt
 	touch $@
 
 aot: $(INSTALLED)
-	cmake -B build/aot -DVITEXPLAIN_AOT=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+	cmake -B build/aot -DVITEXPLAIN_AOT=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python"
 	cmake --build build/aot
 	ctest --test-dir build/aot --output-on-failure
 

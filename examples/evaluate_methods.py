@@ -4,8 +4,9 @@
     python examples/evaluate_methods.py
     python examples/evaluate_methods.py --photos photos/ --model deit_tiny_patch16_224 --output results
 
-Patches are removed, the most important first (the accuracy should fall fast) or the least important first (it should last). It
-writes results.json, results.md, curves and report.html. A handful of photos decides nothing: look at the intervals.
+Pixels are blackened in the order of the map enlarged to the image, the most important first (the accuracy should fall fast) or
+the least important first (it should last). It writes results.json, results.md, curves and report.html. A handful of photos
+decides nothing: look at the intervals.
 """
 
 from __future__ import annotations

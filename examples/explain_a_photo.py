@@ -1,4 +1,4 @@
-"""The ten lines: one photo, the class that the model sees in it, and a picture of where it looked.
+"""The shortest way: one photo, the class that the model sees in it, and a picture of where it looked.
 
     python examples/explain_a_photo.py
     python examples/explain_a_photo.py --photo cat.jpg --model vit_base_patch16_224 --method gmar

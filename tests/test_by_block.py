@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 import vitexplain
 from vitexplain import InputError, explainer
-from vitexplain.methods import TokenTM
+from vitexplain.methods import Method, TokenTM
+from vitexplain.relevance import BlockTrace, Trace
+from vitexplain.targets import Target
 from vitexplain.testing import DenseReference
 from vitexplain.testing.families import FAMILY_CASES
 
@@ -159,6 +163,28 @@ def test_methods_that_do_not_go_from_block_to_block_are_refused(model, name: str
 def test_what_cannot_be_done_is_refused_before_any_work(model, call: Callable, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counting(Method):
+    """Counts blocks in its state, in place, and gives that state itself."""
+
+    name: ClassVar[str] = "counting"
+    uses_gradient: ClassVar[bool] = True
+
+    def start(self, trace: Trace, target: Target) -> Tensor:  # noqa: ARG002
+        return torch.zeros_like(trace.start_rows)
+
+    def step(self, state: Tensor, trace: Trace, block: BlockTrace, grad_out: Tensor | None) -> Tensor:  # noqa: ARG002
+        return state.add_(1)
+
+    def finish(self, state: Tensor, trace: Trace) -> Tensor:  # noqa: ARG002
+        return state
+
+
+def test_a_method_may_change_its_state_in_place(model, images) -> None:
+    by_block = vitexplain.explain(model, images, 0, method=_Counting(), rows="by_block").by_block
+    assert by_block[0, :, 0, 0].tolist() == [3, 2, 1]
 
 
 def test_an_explanation_without_it_says_so(model, images) -> None:

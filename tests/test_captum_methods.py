@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -56,6 +57,16 @@ def test_the_mean_over_many_noisy_copies_converges() -> None:
     pixels = (images + 0.3 * torch.randn(400, 3, 32, 32, generator=generator)).requires_grad_()
     (gradient,) = torch.autograd.grad(model(pixels)[:, 2].sum(), pixels)
     assert float((result.maps - gradient.abs().mean(0).sum(0)).norm() / result.maps.norm()) < 0.1
+
+
+def test_half_precision_is_taken_and_gives_the_map_of_single_precision_but_for_rounding(model, images) -> None:
+    exact = vitexplain.explain(model, images, [[3, 5], [1, 2]], method=CAPTUM_METHODS, steps=4, samples=2)
+    found = vitexplain.explain(
+        copy.deepcopy(model).bfloat16(), images.bfloat16(), [[3, 5], [1, 2]], method=CAPTUM_METHODS, steps=4, samples=2
+    )
+    for name in CAPTUM_METHODS:
+        assert found[name].maps.dtype == torch.float32
+        assert relative_error(found[name].maps, exact[name].maps) < 0.1, name
 
 
 def test_scores_are_taken(model, images) -> None:

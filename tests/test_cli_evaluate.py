@@ -42,7 +42,6 @@ def run(folder) -> Run:  # noqa: ARG001 (it is the current directory)
 def test_tables_on_screen_and_everything_in_the_folder(run, folder) -> None:
     result = run(
         *(
-            "--data",
             "table.csv",
             "--output",
             "out",
@@ -80,9 +79,7 @@ def test_options_reach_the_evaluation(run, folder) -> None:
         "--device": "cpu",
     }
     flags = [text for pair in options.items() for text in pair]
-    result = run(
-        "--data", "photos", "--output", "out", "-m", "rollout", "-p", "saco", "--no-controls", "--bootstrap", "7", *flags
-    )
+    result = run("photos", "--output", "out", "-m", "rollout", "-p", "saco", "--no-controls", "--bootstrap", "7", *flags)
     assert result.exit_code == 0, result.output
     results = Results.read(folder / "out" / "results.json")
     settings = results.settings
@@ -91,38 +88,38 @@ def test_options_reach_the_evaluation(run, folder) -> None:
     assert settings["model"]["resize"] == "squash"
     wanted = {"batch": 1, "forward_batch": 9, "explain_dtype": "bfloat16", "seed": 5, "backend": "torch", "bootstrap": 7}
     assert {name: settings[name] for name in wanted} == wanted
-    again = run("--data", "photos", "--output", "out", "-m", "rollout", "-p", "saco", "--seed", "6")
+    again = run("photos", "--output", "out", "-m", "rollout", "-p", "saco", "--seed", "6")
     assert again.exit_code == 1
     assert "holds an evaluation with other settings" in again.stderr
-    assert run("--data", "photos", "--output", "out", "-m", "rollout", "-p", "saco", "--seed", "6", "--overwrite").exit_code == 0
+    assert run("photos", "--output", "out", "-m", "rollout", "-p", "saco", "--seed", "6", "--overwrite").exit_code == 0
 
 
 def test_all_means_the_methods_of_this_library(run, folder) -> None:
-    result = run("--data", "photos", "--output", "out", "-m", "all", "-p", "average_drop", "--images", ":1", "--bootstrap", "5")
+    result = run("photos", "--output", "out", "-m", "all", "-p", "average_drop", "--images", ":1", "--bootstrap", "5")
     assert result.exit_code == 0, result.output
     labels = list(Results.read(folder / "out" / "results.json").methods)
     assert {"tokentm", "iba", "lrp", "random"} <= set(labels)
     assert "smoothgrad" not in labels
-    result = run("--data", "photos", "--output", "out", "-m", "gmar", "-m", "all", "-m", "typo")
+    result = run("photos", "--output", "out", "-m", "gmar", "-m", "all", "-m", "typo")
     assert "unknown method 'typo'" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "nowhere", "--output", "out"], "nowhere"),
-        (["--data", "photos", "--output", "x" * 300], "output: cannot use the folder"),
-        (["--data", "photos", "--output", "table.csv"], "output: expected a folder, received the file 'table.csv'"),
-        (["--data", "photos", "--output", "out", "-m", "tokentn"], "unknown method 'tokentn': did you mean tokentm"),
-        (["--data", "photos", "--output", "out", "-m", "gmar:norm=l3"], "expected one of 'l1', 'l2', received 'l3'"),
-        (["--data", "photos", "--output", "out", "-p", "sacco"], "unknown protocol 'sacco': did you mean saco"),
-        (["--data", "photos", "--output", "out", "-p", "localisation"], "needs masks, and 'photos' (imagefolder) has none"),
-        (["--data", "photos/cat", "--output", "out", "--explain", "gt"], "'gt' needs labels, and 'cat' (folder) has none"),
-        (["--data", "photos", "--output", "out", "--explain", "label"], "expected pred or gt, received 'label'"),
-        (["--data", "photos", "--output", "out", "--split", "test"], "split"),
-        (["--data", "photos", "--output", "out", "--images", "9:"], "images"),
-        (["--data", "photos", "--output", "out", "--model", "vit_smal_patch16_224"], "unknown model 'vit_smal_patch16_224'"),
-        (["--data", "photos", "--output", "out", "--dtype", "int8"], "dtype: expected one of float32"),
+        (["nowhere", "--output", "out"], "nowhere"),
+        (["photos", "--output", "x" * 300], "output: cannot use the folder"),
+        (["photos", "--output", "table.csv"], "output: expected a folder, received the file 'table.csv'"),
+        (["photos", "--output", "out", "-m", "tokentn"], "unknown method 'tokentn': did you mean tokentm"),
+        (["photos", "--output", "out", "-m", "gmar:norm=l3"], "expected one of 'l1', 'l2', received 'l3'"),
+        (["photos", "--output", "out", "-p", "sacco"], "unknown protocol 'sacco': did you mean saco"),
+        (["photos", "--output", "out", "-p", "localisation"], "needs masks, and 'photos' (imagefolder) has none"),
+        (["photos/cat", "--output", "out", "--explain", "gt"], "'gt' needs labels, and 'cat' (folder) has none"),
+        (["photos", "--output", "out", "--explain", "label"], "expected pred or gt, received 'label'"),
+        (["photos", "--output", "out", "--split", "test"], "split"),
+        (["photos", "--output", "out", "--images", "9:"], "images"),
+        (["photos", "--output", "out", "--model", "vit_smal_patch16_224"], "unknown model 'vit_smal_patch16_224'"),
+        (["photos", "--output", "out", "--dtype", "int8"], "dtype: expected one of float32"),
     ],
 )
 def test_errors_are_one_line(run, folder, arguments: list[str], message: str) -> None:
@@ -136,7 +133,7 @@ def test_errors_are_one_line(run, folder, arguments: list[str], message: str) ->
 
 def test_a_photo_that_cannot_be_read_is_named_and_left_out(run, folder) -> None:
     (folder / "photos" / "cat" / "broken.jpg").write_bytes(b"no")
-    result = run("--data", "photos", "--output", "out", "-m", "rollout", "-p", "average_drop", "--bootstrap", "5")
+    result = run("photos", "--output", "out", "-m", "rollout", "-p", "average_drop", "--bootstrap", "5")
     assert result.exit_code == 0, result.output
     assert "left out: cat/broken.jpg" in result.stderr
 
@@ -149,7 +146,7 @@ def test_an_interruption_says_how_to_go_on(run, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vitexplain.evaluate, "evaluate", interrupted)
-    result = run("--data", "photos", "--output", "out")
+    result = run("photos", "--output", "out")
     assert result.exit_code == 1
     assert "error: interrupted after 3 of 4 images; the same command goes on from there" in result.stderr
 

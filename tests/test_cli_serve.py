@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,10 @@ def _run(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def ended_by(monkeypatch) -> Iterator[dict[str, object]]:
+def ended_by(monkeypatch) -> dict[str, object]:
     """The server ends, soon after it stands, by the signal under ``"signal"``; ``"page"`` is then what it served."""
     found: dict[str, object] = {"signal": signal.SIGINT}
-    before, wait = signal.getsignal(signal.SIGTERM), command._wait
+    wait = command._wait
 
     def wait_for_signal() -> None:
         with urllib.request.urlopen(str(found["address"])) as answer:
@@ -44,20 +43,50 @@ def ended_by(monkeypatch) -> Iterator[dict[str, object]]:
 
     monkeypatch.setattr(command, "_wait", wait_for_signal)
     monkeypatch.setattr(command.typer, "echo", echo)
-    yield found
-    signal.signal(signal.SIGTERM, before)
+    return found
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+ENDS = {"ctrl-c": "SIGINT", "terminated": "SIGTERM", "terminal-closed": "SIGHUP"}
+
+
+@pytest.mark.parametrize(
+    "end", [pytest.param(getattr(signal, name), id=label) for label, name in ENDS.items() if hasattr(signal, name)]
+)
 def test_it_says_where_it_is_and_ends_cleanly(ended_by, monkeypatch, tmp_path, end: signal.Signals) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     ended_by["signal"] = end
+    before = signal.getsignal(end)
     result = _run("--port", "0")
+    assert signal.getsignal(end) is before
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert ended_by["address"].startswith("http://127.0.0.1:")
     assert "vitexplain" in ended_by["page"]
     assert list(tmp_path.glob("vitexplain_serve_*")) == []
+
+
+def test_an_address_of_ipv6(ended_by) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"needs IPv6 on this machine: {error}")
+    result = _run("--port", "0", "--host", "::1")
+    assert result.exit_code == 0, result.output
+    assert ended_by["address"].startswith("http://[::1]:")
+    assert "vitexplain" in ended_by["page"]
+
+
+def test_what_is_to_outlive_its_terminal_does() -> None:
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None:
+        pytest.skip("needs SIGHUP, which this system has not")
+    before = signal.signal(hangup, signal.SIG_IGN)  # as nohup does
+    try:
+        with command._ended_by_signals():
+            assert signal.getsignal(hangup) is signal.SIG_IGN
+    finally:
+        signal.signal(hangup, before)
 
 
 def test_the_page_is_opened_where_that_is_asked_for(ended_by, monkeypatch) -> None:

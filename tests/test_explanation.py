@@ -79,7 +79,12 @@ def test_pictures_are_written(explanation, tmp_path, suffix: str) -> None:
         (lambda e, _: e.overlay(np.zeros((8, 8))), r"received ndarray of shape \(8, 8\)"),
         (lambda e, _: e.to_image(0), "expected a positive int"),
         (lambda _e, _t: upsample(torch.zeros(2, 2), (3, 4, 5)), "size: expected"),
+        (lambda e, _: e.overlay(torch.full((3, 8, 8), torch.nan)), r"expected values in \[0, 1\].*received nan to nan"),
         (lambda _e, _t: as_photo("cat.jpg"), "received str"),
+        (lambda _e, _t: as_photo(torch.zeros(3, 8, 8, dtype=torch.int64)), r"received Tensor of shape \(3, 8, 8\) torch.int64"),
+        (lambda _e, _t: as_photo(torch.zeros(3, 0, 8)), r"received Tensor of shape \(3, 0, 8\)"),
+        (lambda _e, _t: as_photo(Image.new("RGB", (0, 8))), r"received Image of shape \(0, 8\)"),
+        (lambda _e, _t: as_photo(Image.new("F", (8, 8), torch.nan)), "mode 'F': none of its values is finite"),
     ],
 )
 def test_bad_requests_are_refused(explanation, tmp_path, call, message: str) -> None:

@@ -472,3 +472,12 @@ def test_a_mask_goes_the_way_of_its_photo(demo, crop_mode: str) -> None:
     assert mask.shape == (32, 32)
     assert 0.05 < mask.float().mean() < 0.9
     assert ((seen.float().mean(0) > 140) == mask).float().mean() > 0.9
+
+
+def test_a_photo_that_was_opened_elsewhere_is_read_as_one_from_a_file(tmp_path: Path) -> None:
+    transparent = Image.new("RGBA", (40, 40), (200, 10, 10, 0))
+    transparent.save(tmp_path / "photo.png")
+    loaded, photo = load_model(DEMO), load_photo(tmp_path / "photo.png")
+    assert photo.getpixel((0, 0)) == (255, 255, 255)
+    assert torch.equal(loaded.transform(transparent), loaded.transform(photo))
+    assert np.array_equal(loaded.display(transparent), loaded.display(photo))

@@ -50,7 +50,7 @@ def test_maps_of_a_folder_of_photos_are_pictures(folder: Path) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README.read_text()):
         assert "://" in link or (ROOT / link).exists(), link
 
 

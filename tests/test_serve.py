@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
-from vitexplain import InputError, UnknownNameError, UnsupportedModelError
-from vitexplain.loading import LoadedModel, load_model
+from vitexplain import Explainer, InputError, UnknownNameError, UnsupportedModelError
+from vitexplain.hugging_face import within_reach
+from vitexplain.loading import LoadedModel, load_model, untrained_model
 from vitexplain.methods import REGISTRY
 from vitexplain.serve import markup, service
-from vitexplain.serve.address import check_address
-from vitexplain.serve.service import COLORMAPS, PREDICTED, Picture, Request, Service, Session, View, grouped_methods
+from vitexplain.serve.address import check_address, in_url, is_loopback
+from vitexplain.serve.service import (
+    COLORMAPS,
+    PREDICTED,
+    STARTING_METHODS,
+    SUGGESTED_MODELS,
+    Picture,
+    Request,
+    Service,
+    Session,
+    View,
+    grouped_methods,
+)
 
 from .browser import Opened, watched
 from .conftest import build_model
@@ -75,7 +88,6 @@ def test_a_view_has_the_photo_a_map_of_each_method_and_the_likeliest_classes(pho
 
 
 def test_the_maps_are_those_of_the_explainer(photo, session) -> None:
-    from vitexplain import Explainer
     from vitexplain.photos import load_photo
 
     view = Service().view(Request(photo, methods=("legrad",), target="dog", alpha=0.3), session)
@@ -159,6 +171,48 @@ def test_a_method_that_a_model_does_not_allow_says_so_beside_the_others(photo, s
     assert view.pictures[1].image is not None
 
 
+def test_a_method_with_a_defect_leaves_the_others_on_the_page(photo, session, monkeypatch, caplog) -> None:
+    def break_down(*_: object) -> None:
+        raise RuntimeError("a defect\nwith details")
+
+    served = Service()
+    monkeypatch.setattr(REGISTRY["input_x_gradient"], "values", break_down)
+    view = served.view(Request(photo, methods=("gmar", "rollout", "input_x_gradient")), session)
+    assert view.message == ""
+    assert [picture.image is not None for picture in view.pictures] == [True, True, True, False]
+    assert view.pictures[3] == Picture(TITLES["input_x_gradient"], "a defect", None)
+    assert caplog.text.count("Traceback") == 1
+    assert "with details" in caplog.text
+
+
+def test_a_model_that_one_method_cannot_explain_is_explained_by_others(photo, session, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7, block_fn=ResPostBlock, init_values=0.1
+    )
+    monkeypatch.setattr(service, "load_model", lambda name, *_, **__: LoadedModel(name, model.eval(), CONFIG, None))
+    view = Service("post_norm").view(Request(photo, model="post_norm", methods=("tokentm", "rollout")), session)
+    assert view.message == ""
+    _, tokentm, rollout = view.pictures
+    assert rollout.image is not None
+    assert tokentm.image is None
+    assert re.search("'tokentm' cannot explain .*ResPostBlock", tokentm.note)
+
+
+def test_a_session_keeps_so_much_in_the_hosts_memory(photo, session, monkeypatch) -> None:
+    monkeypatch.setattr(service, "_KEPT_RESULTS", 3)
+    served, request = Service(), Request(photo, methods=("gmar", "rollout"))
+    for target in (PREDICTED, "1", "2", "3"):
+        assert len(served.view(replace(request, target=target), session).pictures) == 3
+    assert list(session.classes) == ["1", "2", "3"]
+    assert [name for name, _ in session.maps] == ["rollout", "gmar", "rollout"]
+    work = _work(served)
+    served.view(replace(request, target="3"), session)
+    assert _work(served) == work
+    many = served.view(Request(photo, methods=("gmar", "rollout", "legrad", "cdam", "grad_cam"), target="3"), session)
+    assert len(many.pictures) == 6  # more than are kept
+
+
 def test_sessions_keep_apart(photo, tmp_path) -> None:
     served, one, two = Service(), Session(), Session()
     other = _photo(tmp_path / "b.png", seed=1)
@@ -238,11 +292,28 @@ def test_too_little_memory_is_said(photo, session, monkeypatch) -> None:
     assert "too little memory" in served.view(Request(photo), session).message
 
 
-def test_a_defect_is_not_hidden(photo, session, monkeypatch) -> None:
+def test_a_defect_is_said_and_logged(photo, session, monkeypatch, caplog) -> None:
     served = Service()
-    monkeypatch.setattr(served, "_loaded", lambda name: (_ for _ in ()).throw(RuntimeError(name)))
-    with pytest.raises(RuntimeError):
-        served.view(Request(photo), session)
+    request = Request(photo, methods=("gmar",))
+    with monkeypatch.context() as patched:
+        patched.setattr(VisionTransformer, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken\nfor a reason")))
+        assert served.view(request, session) == View("'demo' cannot be run on this photo: broken")
+    assert "for a reason" in caplog.text
+    assert "Traceback" in caplog.text
+    assert len(served.view(request, session).pictures) == 2
+
+
+@pytest.mark.parametrize("name", ["local-dir:models/vit", "transformers:/models/vit", "transformers:~/vit", "transformers:."])
+def test_a_visitor_from_elsewhere_cannot_name_a_folder(photo, session, monkeypatch, name: str) -> None:
+    monkeypatch.setattr(service, "load_model", lambda name, *_, **__: LoadedModel(name, _small(0), CONFIG, None))
+    request = Request(photo, model=name, methods=("gmar",), local=False)
+    served = Service()
+    assert served.view(replace(request, model="demo"), session).message == ""
+    reason = f"model: expected a name, as folders are read for visitors at this machine alone, received {name!r}"
+    assert served.view(request, session) == View(reason)
+    for allowed in (replace(request, model="transformers:google/vit"), replace(request, local=True)):
+        assert Service().view(allowed, session).message == ""
+    assert Service(name).view(request, session).message == ""
 
 
 @pytest.mark.parametrize(
@@ -262,6 +333,9 @@ def test_a_service_is_refused_before_it_starts(arguments: dict, error: type[Exce
 # -- models ----------------------------------------------------------------------------------------------------------------
 
 
+CONFIG = dict(input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
 def _small(seed: int) -> VisionTransformer:
     return build_model(seed, num_classes=7)
 
@@ -270,11 +344,10 @@ def _small(seed: int) -> VisionTransformer:
 def made_models(monkeypatch) -> list[tuple[str, object]]:
     """Models ``a``, ``b``, ``c`` beside the demo, and a list of what was asked to be loaded: name and weights."""
     asked = []
-    config = dict(input_size=(3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
 
     def load(name, weights, device, **options) -> LoadedModel:
         asked.append((name, weights))
-        return load_model(name, None, device, **options) if name == "demo" else LoadedModel(name, _small(ord(name)), config, None)
+        return load_model(name, None, device, **options) if name == "demo" else LoadedModel(name, _small(ord(name)), CONFIG, None)
 
     monkeypatch.setattr(service, "load_model", load)
     return asked
@@ -285,6 +358,41 @@ def test_two_models_stay_loaded(photo, session, made_models) -> None:
     for name in ("a", "demo", "b", "demo", "b", "a"):
         assert served.view(Request(photo, model=name, methods=("gmar",)), session).message == ""
     assert [name for name, _ in made_models] == ["demo", "a", "b", "a"]
+
+
+@pytest.mark.usefixtures("made_models")
+def test_room_is_made_before_a_model_is_loaded(photo, session, monkeypatch) -> None:
+    served, load, beside = Service("a"), service.load_model, []
+
+    def noting(name: str, *arguments: object, **options: object) -> LoadedModel:
+        beside.append(list(served._models))
+        return load(name, *arguments, **options)
+
+    monkeypatch.setattr(service, "load_model", noting)
+    for name in ("b", "c"):
+        served.view(Request(photo, model=name, methods=("gmar",)), session)
+    assert beside == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("fits_alone", [True, False])
+@pytest.mark.usefixtures("made_models")
+def test_a_model_that_does_not_fit_beside_others_is_loaded_alone(photo, session, monkeypatch, fits_alone: bool) -> None:
+    served, load = Service("a"), service.load_model
+
+    def fill_up(name: str, *arguments: object, **options: object) -> LoadedModel:
+        if served._models or not fits_alone:
+            raise InputError("device: not enough free memory") from torch.OutOfMemoryError("CUDA out of memory")
+        return load(name, *arguments, **options)
+
+    monkeypatch.setattr(service, "load_model", fill_up)
+    view = served.view(Request(photo, model="b", methods=("gmar",)), session)
+    assert view.message == ("" if fits_alone else "device: not enough free memory")
+    assert list(served._models) == (["b"] if fits_alone else [])
+
+
+def test_the_suggested_models_can_be_explained() -> None:
+    for name in SUGGESTED_MODELS:
+        Explainer(untrained_model(name), STARTING_METHODS)
 
 
 def test_a_model_that_made_room_is_not_needed_for_another_look(photo, made_models) -> None:
@@ -328,6 +436,37 @@ def test_a_hub_out_of_reach_is_not_waited_for(monkeypatch, reached: bool) -> Non
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
+def test_uses_of_the_hub_that_overlap_leave_it_as_it_was(monkeypatch) -> None:
+    def resolve(*_: object) -> None:
+        raise OSError("no such host")
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    offline = []
+
+    def first() -> None:
+        with within_reach():
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(10)
+        with within_reach():
+            second_in.set()
+            assert first_out.wait(10)
+            offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in (pool.submit(first), pool.submit(second)):
+            done.result()
+    assert offline == [True]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
 # -- markup and addresses --------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +478,16 @@ def test_what_is_shown_is_escaped_and_asks_for_nothing_from_elsewhere() -> None:
         assert "<script" not in text
         assert "&lt;script" in text
     assert "http" not in markup.results(view) + markup.methods()
+
+
+def test_a_photo_without_a_method_stands_alone(photo, session) -> None:
+    for compare in (False, True):
+        view = Service().view(Request(photo, methods=(), compare=compare), session)
+        assert [picture.title for picture in view.pictures] == ["Photo"]
+        assert "Drop a photo" not in markup.results(view)
+    assert markup.results(replace(view, pictures=())) != markup.EMPTY
+    assert markup.results(View()) == markup.EMPTY
+    assert markup.results(View("wrong")) == ""
 
 
 def test_every_method_is_offered_once_and_explained_in_a_line() -> None:
@@ -359,6 +508,17 @@ def test_an_address_is_checked_before_anything_is_loaded() -> None:
         taken.listen()
         with pytest.raises(InputError, match=r"^port: cannot listen at .*in use"):
             check_address("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("not a host", False)],
+)
+def test_who_reaches_an_address_is_known(host: str, alone: bool) -> None:
+    if host == "::1" and not socket.has_ipv6:
+        pytest.skip("needs IPv6, which this Python has not")
+    assert is_loopback(host) is alone
+    assert in_url(host) == {"::1": "[::1]", "::": "[::]"}.get(host, host)
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------------------
@@ -445,6 +605,11 @@ def test_a_photo_is_uploaded_and_looked_at(page, server, photo) -> None:
     slider.focus()
     slider.press("Home")
     _wait(page, lambda: all((one == _pictures(page)[0]).all() for one in _pictures(page)[1:]))  # nothing of the maps is left
+    field = page.locator("#alpha input[type=number]")
+    field.fill("")  # for a moment there is no number, or one that is too large
+    field.fill("7")
+    _wait(page, lambda: not any((one == _pictures(page)[0]).all() for one in _pictures(page)[1:]))
+    assert page.locator(".toast-body").count() == 0
     _type(page, "colormap", "viridis")
     _wait(page, lambda: page.locator(".scales img").count() == 1)
     assert _work(served) == work

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from vitexplain import Explanation, ExplanationError
+from vitexplain.figures.layout import PANEL, Cells, text_width, wrapped_name
 from vitexplain.figures.words import Piece, read_tokens
 from vitexplain.heatmap import colorize
 from vitexplain.visualize import COLUMNS, contrast, evolution, panel, save_figure, save_panel, tokens
@@ -63,6 +65,15 @@ def test_titles_are_text_and_not_mathematics(tmp_path) -> None:
         assert picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("name", ["漢字" * 30, "W" * 60, "MAMMOTH_" * 8, "i" * 200, "a name of several words " * 6, "short"])
+@pytest.mark.parametrize("cells", [PANEL, replace(PANEL, width=1.54)])
+def test_names_above_pictures_stay_within_their_cells(name: str, cells: Cells) -> None:
+    lines = wrapped_name(name, cells).split("\n")
+    assert 1 <= len(lines) <= 2
+    assert all(text_width(line, cells.size) <= cells.width for line in lines)
+    assert name.startswith(lines[0][:8])
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".pdf", ".svg"])
 def test_files_of_every_kind(tmp_path, suffix: str) -> None:
     assert save_panel(tmp_path / f"p{suffix}", PHOTO, {"map": RISING}).stat().st_size > 500
@@ -84,6 +95,8 @@ def test_photos_of_every_kind(photo: object) -> None:
         (lambda _: panel(PHOTO, {"m": torch.zeros(1, 2, 2)}), r"expected a tensor \(gh, gw\) for 'm', received \(1, 2, 2\)"),
         (lambda _: panel(PHOTO, {"m": "map"}), "received str"),
         (lambda _: panel(PHOTO, {"m": torch.full((2, 2), torch.nan)}), "expected finite values for 'm'"),
+        (lambda _: panel(PHOTO, {"m": torch.zeros(0, 0)}), r"expected a tensor \(gh, gw\) for 'm', received \(0, 0\)"),
+        (lambda _: panel(PHOTO, {}, photo_title=None), "maps: expected at least one where photo_title=None .*, received none"),
         (lambda _: panel("cat.jpg", {}), "image: expected a PIL image"),
         (lambda _: panel(PHOTO, {"m": RISING}, alpha=2), "alpha: expected 0 to 1"),
         (lambda _: panel(PHOTO, {}, colormap="infernos"), "did you mean inferno"),
@@ -165,6 +178,14 @@ def test_a_contrast_of_equal_maps_says_so() -> None:
     assert not any("both are the same" in text.get_text() for text in contrast(PHOTO, PAIR).texts)
 
 
+def test_a_contrast_of_maps_that_differ_in_size_alone_is_neutral() -> None:
+    heat = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    figures = [contrast(PHOTO, _explanation(torch.stack([heat, times * heat])[None]), alpha=1.0) for times in (1, 3)]
+    same, proportional = (_pictures(figure)[3].images[0].get_array() for figure in figures)
+    assert np.array_equal(proportional, same)
+    assert all(any("both are the same" in text.get_text() for text in figure.texts) for figure in figures)
+
+
 # -- block by block --------------------------------------------------------------------------------------------------
 
 BLOCKS = torch.stack([100 * LEFT + 300 * RIGHT / 5, LEFT + RIGHT / 5, LEFT])  # block 0 to 2
@@ -191,6 +212,12 @@ def test_an_evolution_is_scaled_in_common_and_signed_ones_about_zero() -> None:
     assert _middle(pictures[1], 1)[2] > _middle(pictures[1], 1)[0]
 
 
+def test_an_evolution_of_constant_maps_has_equal_pictures() -> None:
+    constants = torch.tensor([0.1, 0.3, 0.7]).view(3, 1, 1).expand(3, 3, 4)
+    first, *others = (axes.images[0].get_array() for axes in _pictures(evolution(PHOTO, _of(constants), alpha=1.0)))
+    assert all(np.array_equal(first, other) for other in others)
+
+
 def _of(by_block: torch.Tensor) -> Explanation:
     return _explanation(by_block[None, None, 0], by_block[None, None])
 
@@ -211,6 +238,9 @@ TEXT = Explanation("method", {}, torch.ones(1, 3), torch.tensor([0]), torch.zero
         (lambda: contrast(PHOTO, PAIR, pair=(0, 2)), "target_index: expected 0 to 1, received 2"),
         (lambda: contrast(PHOTO, PAIR, index=1), "index: expected 0 to 0, received 1"),
         (lambda: contrast(PHOTO, PAIR, names=["cat"]), "names: expected one for each of the 2 classes explained, received 1"),
+        (lambda: contrast(PHOTO, PAIR, names="ab"), "names: expected a list of the classes' names as text, received 'ab'"),
+        (lambda: contrast(PHOTO, PAIR, pair=1), "pair: expected the places of two classes.*received 1"),
+        (lambda: contrast(PHOTO, PAIR, pair=(0, 1, 1)), r"pair: expected the places of two classes.*received \(0, 1, 1\)"),
         (lambda: contrast(PHOTO, PAIR, colormap="infernos"), "did you mean inferno"),
         (lambda: contrast(PHOTO, TEXT), "received one of texts"),
         (lambda: evolution(PHOTO, PAIR), "expected an explanation with rows='by_block'"),
@@ -225,6 +255,7 @@ TEXT = Explanation("method", {}, torch.ones(1, 3), torch.tensor([0]), torch.zero
         (lambda: tokens(["a"], torch.tensor([torch.nan])), "values: expected finite ones"),
         (lambda: tokens(["a"] * 3, TEXT, colormap="Redz"), "did you mean Reds"),
         (lambda: tokens(["a"] * 3, TEXT, width=1), "width: expected at least 3 inches"),
+        (lambda: tokens(["a"] * 3, TEXT, width=float("nan")), "width: expected at least 3 inches, received nan"),
     ],
 )
 def test_figures_that_cannot_be_drawn_are_refused(call, message: str) -> None:
@@ -269,6 +300,17 @@ def test_signed_words_diverge_about_zero() -> None:
         (["act", "##ing", ",", "##"], [("act", True), ("ing", False), (",", False), ("##", True)]),
         (["ĠI", "Ġact", "ing", "Ġ", "."], [("I", True), ("act", True), ("ing", False), ("·", True), (".", False)]),
         (["caf", "Ã", "©", "Ġno"], [("caf", False), ("·", False), ("é", False), ("no", True)]),
+        (["ä½ł", "å¥½"], [("你", False), ("好", False)]),
+        (["c", "afÃ©"], [("c", False), ("afé", False)]),
+        (["caf", "é"], [("caf", True), ("é", True)]),  # no bytes: a letter of a vocabulary of words
+        (
+            ["Ġa", "Ġä½", "ł", "[UNK]", "å", "Ġb"],
+            [("a", True), ("·", True), ("你", False), ("[UNK]", False), ("·", False), ("b", True)],
+        ),
+        (
+            ["Ġä½", "<s>", "ł", "å", "Ġb"],
+            [("·", True), ("<s>", True), ("\N{REPLACEMENT CHARACTER}", False), ("·", False), ("b", True)],
+        ),
         (["▁act", "ing", "▁"], [("act", True), ("ing", False), ("·", True)]),
     ],
 )

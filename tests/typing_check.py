@@ -38,6 +38,13 @@ def several_methods(model: nn.Module, images: Tensor) -> list[Tensor]:
     assert_type(found, dict[str, Explanation])
     explainer = Explainer(model, {"short": TokenTM(aggregate=False), "long": "tokentm"}, compile=True)
     assert_type(explainer.attribute(images), dict[str, Explanation])
+    of_one_kind, named = [GMAR(), GMAR(norm="l2")], {"short": TokenTM(aggregate=False)}
+    assert_type(explain(model, images, method=of_one_kind), dict[str, Explanation])
+    assert_type(explain(model, images, method=named), dict[str, Explanation])
+    assert_type(explain(model, images, method=("tokentm", GMAR())), dict[str, Explanation])
+    assert_type(explain(model, images, method={"tokentm", "gmar"}), dict[str, Explanation])
+    assert_type(explain(model, images, method=REGISTRY.keys()), dict[str, Explanation])
+    assert_type(explain(model, images, method=(name for name in REGISTRY)), dict[str, Explanation])
     return [explanation.maps for explanation in found.values()]
 
 
@@ -47,7 +54,14 @@ def any_methods(explainer: Explainer, model: nn.Module, images: Tensor, method: 
     assert_type(Explainer(model, method).attribute(images), Explanation | dict[str, Explanation])
     assert_type(explain(model, images, method=method), Explanation | dict[str, Explanation])
     any_methods(Explainer(model), model, images, "rollout")
+    one_or_some: str | list[str] = _one_or_some()
+    assert_type(Explainer(model, one_or_some).attribute(images), Explanation | dict[str, Explanation])
+    assert_type(explain(model, images, None, one_or_some), Explanation | dict[str, Explanation])
     return found if isinstance(found, Explanation) else found["tokentm"]
+
+
+def _one_or_some() -> str | list[str]:
+    return ["tokentm", "gmar"]
 
 
 def a_text(model: nn.Module, tokens: dict[str, Tensor]) -> Explanation:

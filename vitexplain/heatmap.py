@@ -1,4 +1,4 @@
-"""From a map on the patch grid to colours: scaling, up-sampling, colour map, blending."""
+"""From a map on the patch grid to colours: scaling, up-sampling, colour map, blending; and what they are laid over, as RGB."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ SIGNED_COLORMAP = "RdBu_r"
 ALPHA = 0.55  # a map's share of an overlay, where none is asked for
 # by whether a map is signed: its colour map, and what its ends mean
 SCALES = {False: (UNSIGNED_COLORMAP, "low", "high"), True: (SIGNED_COLORMAP, "against the class", "for the class")}
+
+_ROWS = 64  # of an image that are scaled at a time: in float64 the whole of a large one would take eight times its bytes
+_MODES = {  # how messages name Pillow's modes
+    "1": "black and white ({})",
+    "L": "grayscale ({})",
+    "LA": "grayscale with transparency ({})",
+    "P": "palette ({})",
+    "PA": "palette with transparency ({})",
+    "I": "integer grayscale ({})",
+    "F": "floating-point grayscale ({})",
+    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit grayscale ({})"),
+}
 
 
 def upsample(maps: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -114,24 +126,78 @@ def check_alpha(alpha: float) -> None:
 
 
 def as_photo(image: object) -> Image.Image:
-    """A PIL image, an array (h, w, 3) uint8, or a tensor (3, h, w) uint8 or float in [0, 1], as a PIL image.
+    """A PIL image, an array (h, w, 3) uint8, or a tensor (3, h, w) uint8 or float in [0, 1], as a PIL image in RGB.
+
+    Of a PIL image, transparent parts become white and values of 16 bits are scaled, as ``vitexplain.load_photo`` does.
 
     Raises:
-        InputError: anything else, or values beyond [0, 1].
+        InputError: anything else, one without pixels, or values beyond [0, 1].
     """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3:
-        image = image.detach().cpu()
+    if isinstance(image, Image.Image) and min(image.size) > 0:
+        try:
+            return to_rgb(image)[0]
+        except ValueError as error:
+            raise InputError(f"image: expected an image to show, received one of mode {image.mode!r}: {error}") from error
+    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3 and image.numel():
         if image.is_floating_point():
-            if image.min() < 0 or image.max() > 1:
-                low, high = float(image.min()), float(image.max())
-                raise InputError(f"image: expected values in [0, 1] (before normalisation), received {low:.3g} to {high:.3g}")
-            image = (image * 255).round().to(torch.uint8)
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+            return Image.fromarray(_channels_last((_in_unit_range(image.detach()) * 255).round().to(torch.uint8)))
+        if image.dtype == torch.uint8:
+            return Image.fromarray(_channels_last(image))
+    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and image.size:
         return Image.fromarray(image)
-    shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-    raise InputError(
-        f"image: expected a PIL image, uint8 array (h, w, 3) or tensor (3, h, w), received {type(image).__name__}{shape}"
-    )
+    raise InputError(f"image: expected a PIL image, uint8 array (h, w, 3) or tensor (3, h, w), received {_described(image)}")
+
+
+def _in_unit_range(image: Tensor) -> Tensor:
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):  # NaN neither
+        raise InputError(f"image: expected values in [0, 1] (before normalisation), received {low:.3g} to {high:.3g}")
+    return image
+
+
+def _channels_last(image: Tensor) -> np.ndarray:
+    return image.cpu().permute(1, 2, 0).contiguous().numpy()
+
+
+def _described(image: object) -> str:
+    """For a message: the kind of thing, and its shape and type where it has them."""
+    shape = image.size if isinstance(image, Image.Image) else getattr(image, "shape", None)
+    dtype = f" {image.dtype}" if isinstance(image, Tensor | np.ndarray) else ""
+    return type(image).__name__ + (f" of shape {tuple(shape)}{dtype}" if shape is not None else "")
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """An image of any mode as RGB, itself where it is, and what that changed, None where nothing.
+
+    Transparent parts become white, and values of 16 bits or floats are scaled.
+
+    Raises:
+        ValueError: floats of which none is finite.
+    """
+    mode = image.mode
+    conversion = None if mode == "RGB" else f"converted from {_MODES.get(mode, '{}').format(mode)} to RGB"
+    if mode.startswith("I") or mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB"), conversion
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image if mode == "RGBA" else image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] == 255:
+            return image.convert("RGB"), conversion
+        conversion = f"transparent parts on white ({mode})"
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB"), conversion
+    return image if mode == "RGB" else image.convert("RGB"), conversion
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 65535], or for floats also in [0, 1] or [0, 255] if none is larger, to [0, 255]."""
+    top = 65535.0
+    if values.dtype.kind == "f":
+        largest = float(np.max(values, where=np.isfinite(values), initial=-np.inf))
+        if largest == -np.inf:
+            raise ValueError("none of its values is finite")
+        top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
+    scaled = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):
+        block = np.nan_to_num(values[start : start + _ROWS]) / top
+        scaled[start : start + _ROWS] = np.rint(np.clip(block, 0, 1) * 255)
+    return scaled

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import huggingface_hub
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from .errors import InputError
@@ -53,6 +54,12 @@ def _source(name: str) -> str:
     return os.path.expanduser(name.removeprefix(PREFIX))
 
 
+def is_folder(name: str) -> bool:
+    """Whether what stands after ``"transformers:"`` is the path of a folder, be it there or not, and no name on the hub."""
+    source = _source(name)
+    return source.startswith((".", os.sep)) or source.count("/") > 1 or os.path.isdir(source)
+
+
 @contextmanager
 def _fetching(name: str) -> Iterator[Any]:
     """transformers, without its bars and warnings; what goes wrong while it is used becomes one line."""
@@ -63,9 +70,8 @@ def _fetching(name: str) -> Iterator[Any]:
         raise InputError(
             f"model: {name!r} needs Hugging Face transformers: pip install 'vitexplain[transformers]' ({error})"
         ) from error
-    source = _source(name)
-    if (source.startswith((".", os.sep)) or source.count("/") > 1) and not os.path.isdir(source):
-        raise InputError(f"model: there is no folder {source!r}")
+    if is_folder(name) and not os.path.isdir(_source(name)):
+        raise InputError(f"model: there is no folder {_source(name)!r}")
     shows_bars = transformers_logging.is_progress_bar_enabled()
     with quiet("huggingface_hub", "transformers"), within_reach():
         transformers_logging.disable_progress_bar()
@@ -116,18 +122,44 @@ def data_config(processor: dict[str, Any], name: str) -> dict[str, Any]:
     )
 
 
-@contextmanager
-def within_reach() -> Iterator[None]:
+class _Reach:
+    """Whether the hub's client looks in its cache alone, which is one switch for the whole process.
+
+    Of several uses at once, in threads, the first in remembers the switch, and the last out restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._uses = 0
+        self._before = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._uses:
+                self._before = constants.HF_HUB_OFFLINE
+                constants.HF_HUB_OFFLINE = self._before or _out_of_reach()
+            self._uses += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._uses -= 1
+            if not self._uses:
+                constants.HF_HUB_OFFLINE = self._before
+
+
+_REACH = _Reach()
+
+
+def within_reach() -> AbstractContextManager[None]:
     """Where the hub's name does not resolve, its client looks in its cache alone, instead of trying again for a minute."""
-    constants = huggingface_hub.constants
-    through_another = any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint") for name in os.environ)
-    offline = constants.HF_HUB_OFFLINE
-    if not (offline or through_another):
-        try:
-            socket.getaddrinfo("huggingface.co", 443)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
+    return _REACH
+
+
+def _out_of_reach() -> bool:
+    if any(name.lower() in ("http_proxy", "https_proxy", "all_proxy", "hf_endpoint") for name in os.environ):
+        return False  # through another
     try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        return True
+    return False

@@ -51,12 +51,12 @@ class Preprocess:
         self._mask = timm.data.create_transform(**nearest, is_training=False, normalize=False)
 
     def image(self, photo: Image.Image) -> Tensor:
-        """(3, h, w) float32, normalised, of an RGB photo."""
-        return self._image(photo)
+        """(3, h, w) float32, normalised, of a photo of any mode."""
+        return self._image(as_photo(photo))
 
     def seen(self, photo: Image.Image) -> Tensor:
         """(3, h, w) uint8: what the model sees of the photo."""
-        return self._seen(photo)
+        return self._seen(as_photo(photo))
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """(h, w) bool of a mask (H, W) bool of the photo's size."""
@@ -74,7 +74,7 @@ class Display:
         self._squashes = config.get("crop_mode") == "squash"
 
     def __call__(self, photo: Image.Image) -> Image.Image:
-        seen = as_photo(self._transform(photo.convert("RGB")))
+        seen = as_photo(self._transform(as_photo(photo)))
         if not self._squashes:
             return seen
         scale = min(seen.size) / min(photo.size)
@@ -160,7 +160,7 @@ class LoadedModel:
 
     @cached_property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB photo to the model's input (3, h, w), normalised, float32."""
+        """From a photo to the model's input (3, h, w), normalised, float32."""
         return self.preprocess().image
 
     @cached_property

@@ -8,27 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 from .files import check_file
+from .heatmap import to_rgb
 from .messages import brief
 
 MAX_SIDE_RATIO = 100
 
-_ROWS = 64  # of an image that are scaled at a time: in float64 the whole of a large one would take eight times its bytes
 _ONE_PICTURE = ("MPO", "PSD")  # further frames are previews, depth maps or layers of the one picture
-_MODES = {  # how messages name Pillow's modes
-    "1": "black and white ({})",
-    "L": "grayscale ({})",
-    "LA": "grayscale with transparency ({})",
-    "P": "palette ({})",
-    "PA": "palette with transparency ({})",
-    "I": "integer grayscale ({})",
-    "F": "floating-point grayscale ({})",
-    **dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), "16-bit grayscale ({})"),
-}
 _Converted = TypeVar("_Converted")
 
 
@@ -113,7 +102,7 @@ def decode_image(file: Path | BinaryIO, what: str, name: str, convert: Callable[
 
 
 def _as_photo(image: Image.Image) -> Photo:
-    rgb, conversion = _to_rgb(upright(image))
+    rgb, conversion = to_rgb(upright(image))
     if rgb is image:
         rgb = _detached(image)
     return Photo(rgb, "; ".join(filter(None, (_frames(image), conversion))) or None)
@@ -136,37 +125,6 @@ def _frames(image: Image.Image) -> str | None:
     return f"first of {count} frames" if count > 1 else None
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """An image of any mode as RGB, itself where it is, and what that changed."""
-    mode = image.mode
-    conversion = None if mode == "RGB" else f"converted from {_MODES.get(mode, '{}').format(mode)} to RGB"
-    if mode.startswith("I") or mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB"), conversion
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image if mode == "RGBA" else image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] == 255:
-            return image.convert("RGB"), conversion
-        conversion = f"transparent parts on white ({mode})"
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB"), conversion
-    return image if mode == "RGB" else image.convert("RGB"), conversion
-
-
 def _detached(image: Image.Image) -> Image.Image:
     """An image of the same pixels that knows nothing of its file; they are copied only where they lie in the file, mapped."""
     return image.copy() if image.readonly else image._new(image.im)
-
-
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 65535], or for floats also in [0, 1] or [0, 255] if none is larger, to [0, 255]."""
-    top = 65535.0
-    if values.dtype.kind == "f":
-        largest = float(np.max(values, where=np.isfinite(values), initial=-np.inf))
-        if largest == -np.inf:
-            raise ValueError("none of its values is finite")
-        top = next(limit for limit in (1.0, 255.0, max(65535.0, largest)) if largest <= limit)
-    scaled = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), _ROWS):
-        block = np.nan_to_num(values[start : start + _ROWS]) / top
-        scaled[start : start + _ROWS] = np.rint(np.clip(block, 0, 1) * 255)
-    return scaled

@@ -317,7 +317,8 @@ class _Walk(Generic[M]):
     def reach(self, block: BlockTrace) -> None:
         """Called before anything else happens in a block: only now is the one above it done, its input's gradient included."""
         if self.by_block and not block.is_last:
-            self._left.append(self._finished())
+            # copies: a method may give its state itself, and change that in place in the blocks to come
+            self._left.append([values.clone() for values in self._finished()])
 
     def values(self) -> list[Tensor]:
         """(B, R, n) values for each method; by block (B, L, n), entry l those of the blocks l to L − 1."""

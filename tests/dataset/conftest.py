@@ -62,7 +62,7 @@ def in_session(arguments: Sequence[object], folder: Path, inside: Sequence[objec
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env=forked.environment(),
+        env=forked.base_environment(),
         start_new_session=True,
     )
 

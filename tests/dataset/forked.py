@@ -16,6 +16,7 @@ import runpy
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ PRELOADED = (
     *("vitexplain.cli", "vitexplain.dataset.entry", "vitexplain.dataset.loader", "vitexplain.loading", "torch", "timm", "zarr"),
     *("pyarrow.parquet", "pandas", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "rich.progress"),
 )
+NUMBER = struct.Struct("i")  # a process's number and its exit code, which may come together
 
 
 class Forked:
@@ -61,7 +63,7 @@ class Forked:
                 waiting.register(self._status, selectors.EVENT_READ)
                 if not waiting.select(timeout):
                     raise subprocess.TimeoutExpired("forked", timeout or 0.0)
-            self.returncode = int(os.read(self._status, 100))
+            (self.returncode,) = NUMBER.unpack(os.read(self._status, NUMBER.size))
             os.close(self._status)
         return self.returncode
 
@@ -105,20 +107,20 @@ def start(arguments: Sequence[object], folder: Path, environment: Mapping[str, s
     Args:
         arguments: ``-m`` and a module, ``-c`` and a program, or a script, and what they are given.
         folder: where it runs.
-        environment: what it has beside that of ``environment``.
+        environment: what it has beside that of ``base_environment``.
     """
-    request = json.dumps([list(map(str, arguments)), str(folder), dict(environment or {})])
+    request = json.dumps([list(map(str, arguments)), str(folder), {**base_environment(), **(environment or {})}])
     (out, out_end), (errors, errors_end), (status, status_end) = (os.pipe() for _ in range(3))
     requests, server = _server()
     socket.send_fds(requests, [request.encode()], [out_end, errors_end, status_end])
     for end in (out_end, errors_end, status_end):
         os.close(end)
-    pid = os.read(status, 100)
+    pid = os.read(status, NUMBER.size)
     assert pid, server.communicate()[1].decode()
-    return Forked(int(pid), status, out, errors)
+    return Forked(*NUMBER.unpack(pid), status, out, errors)
 
 
-def environment() -> dict[str, str]:
+def base_environment() -> dict[str, str]:
     """What programs are to have: one thread, and nothing of a cluster that a test has begun."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
 
@@ -132,7 +134,7 @@ def _server() -> tuple[socket.socket, subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         command,
         pass_fds=[theirs.fileno()],
-        env=environment(),
+        env=base_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -163,21 +165,22 @@ def _serve(requests: socket.socket) -> list[str]:
                 pass
 
 
-def _keep(arguments: list[str], folder: str, more: dict[str, str], out: int, errors: int, status: int) -> list[str]:
+def _keep(arguments: list[str], folder: str, variables: dict[str, str], out: int, errors: int, status: int) -> list[str]:
     """Fork the program and tell how it ends; in its process, return its arguments."""
     program = os.fork()
     if program:
         os.close(out)
         os.close(errors)
         code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-        os.write(status, str(code).encode())
+        os.write(status, NUMBER.pack(code))
         os._exit(0)
     os.setsid()
     os.chdir(folder)
-    os.environ.update(more)
+    os.environ.clear()
+    os.environ.update(variables)
     os.dup2(out, 1)
     os.dup2(errors, 2)
-    os.write(status, str(os.getpid()).encode())
+    os.write(status, NUMBER.pack(os.getpid()))
     for end in (out, errors, status):
         os.close(end)
     return arguments

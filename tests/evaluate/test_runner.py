@@ -166,14 +166,14 @@ def test_an_interrupted_run_goes_on_with_the_same_result(whole, demo, source, tm
 
 
 def test_a_killed_process_loses_at_most_the_chunk_it_was_at(folder, tmp_path) -> None:
-    command = ["-m", "vitexplain", "evaluate", "--data", folder, "--batch", "1", "--bootstrap", "20"]
+    command = ["-m", "vitexplain", "evaluate", folder, "--batch", "1", "--bootstrap", "20"]
     command += ["-m", "tokentm", "-p", "saco", "--gallery", "2"]
 
     def chunks(output: Path) -> int:
         return len(list((output / "per_image").glob("chunk_*.npz")))
 
     cold = [sys.executable, *command, "--output", tmp_path / "a"]
-    process = subprocess.Popen(cold, env=forked.environment(), stderr=subprocess.DEVNULL, cwd=tmp_path)
+    process = subprocess.Popen(cold, env=forked.base_environment(), stderr=subprocess.DEVNULL, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while chunks(tmp_path / "a") < 2 and time.monotonic() < deadline:
         time.sleep(0.01)

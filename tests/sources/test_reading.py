@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from vitexplain import InputError
+from vitexplain.heatmap import as_photo
 from vitexplain.photos import decode_photo, load_photo
 from vitexplain.sources import Source, open_source
 
@@ -163,6 +164,27 @@ def test_pixels_do_not_depend_on_the_file(tmp_path, case: str) -> None:
     assert type(photo) is Image.Image
     expected = decode_photo(io.BytesIO(content), "0.jpg").image
     np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(photo))), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "I", "F", "CMYK"])
+def test_an_opened_image_is_shown_as_its_file_is_loaded(tmp_path, mode: str) -> None:
+    deep = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    if mode in deep:
+        image = Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(deep[mode]))
+    else:
+        image = (RED if mode == "CMYK" else _half_clear()).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = image.getpixel((0, 0))
+    assert image.mode == mode
+    path = tmp_path / ("photo.png" if mode == "P" else "photo.tif")
+    image.save(path)
+    shown = np.asarray(as_photo(image))
+    np.testing.assert_array_equal(shown, np.asarray(load_photo(path)))
+    assert shown.shape[2] == 3
+    if mode in deep:
+        assert len(np.unique(shown)) == 64, "not saturated"
+    elif mode != "CMYK":
+        assert shown[0, 0].tolist() == [255, 255, 255], "white where it is clear"
 
 
 def test_an_rgb_photo_is_decoded_once_and_not_copied(tmp_path, monkeypatch) -> None:

@@ -38,10 +38,7 @@ _DEFAULT_PROTOCOL = "perturbation"
 def evaluate(
     data: Annotated[
         Path,
-        typer.Option(
-            help=IMAGES,
-            show_default=False,
-        ),
+        typer.Argument(help=IMAGES, metavar="SOURCE", show_default=False),
     ],
     output: Annotated[
         Path, typer.Option(help="Folder for results; an interrupted evaluation there goes on where it was.", show_default=False)

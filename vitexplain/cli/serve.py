@@ -6,7 +6,8 @@ import importlib.util
 import signal
 import time
 import webbrowser
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -50,15 +51,34 @@ def _serve(
     service = Service(model, weights, device, dtype=dtype_named(dtype), backend=backend)
     from ..serve.page import running
 
-    with suppress(KeyboardInterrupt), running(service, host, port) as address:
+    with suppress(KeyboardInterrupt), _ended_by_signals(), running(service, host, port) as address:
         typer.echo(f"{model!r} is ready at {address} (Ctrl-C ends it)")
         if open_page:
             webbrowser.open(address)
         _wait()
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A request to end and a terminal that is closed are as Ctrl-C, once: uploaded photos go in any case."""
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in ending}
+    handled = [number for number in ending if before[number] != signal.SIG_IGN]  # as nohup has it
+
+    def end(*_: object) -> None:
+        for number in handled:
+            signal.signal(number, lambda *_: None)  # a second one would interrupt what the first one began
+        raise KeyboardInterrupt
+
+    for number in handled:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
+
+
 def _wait() -> None:
-    """Until Ctrl-C, or another's request to end: uploaded photos go in any case."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
         time.sleep(3600)

@@ -330,7 +330,7 @@ def _path(points: Any) -> str:
 
 
 def _gallery_row(photo: GalleryPhoto, titles: Mapping[str, str], keys: Mapping[str, str]) -> _GalleryRow:
-    picture = as_photo(photo.photo).convert("RGB")
+    picture = as_photo(photo.photo)
     scale = PICTURE_SIDE / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     small = picture.resize((width, height), Image.Resampling.LANCZOS)

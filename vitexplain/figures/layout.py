@@ -189,8 +189,8 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
 
 
 def wrapped_name(name: str, cells: Cells) -> str:
-    """What stands above a picture of a panel, in two lines at most."""
-    return "\n".join(textwrap.wrap(name, int(36 * cells.width / PANEL.width), max_lines=2, placeholder=" …"))
+    """What stands above a picture of a panel, in two lines at most, no wider than the picture's cell."""
+    return "\n".join(_wrapped(name, cells.width, 0.07, cells.size, "normal", most=2))
 
 
 def save_figure(path: str | Path, figure: Figure, *, dpi: int = DPI) -> Path:
@@ -215,11 +215,11 @@ def any_letters() -> Iterator[None]:
         yield
 
 
-def _wrapped(text: str, width: float, letter: float, size: float, weight: str) -> list[str]:
-    """At most three lines; ``letter`` is about the width of one, from which a fitting number of them is looked for."""
+def _wrapped(text: str, width: float, letter: float, size: float, weight: str, *, most: int = 3) -> list[str]:
+    """At most so many lines; ``letter`` is about the width of one, from which a fitting number of them is looked for."""
     lines: list[str] = []
-    for letters in range(int(width / letter), 8, -1):
-        lines = textwrap.wrap(text, letters, max_lines=3, placeholder=" …")
+    for letters in range(int(width / letter), 1, -1):
+        lines = textwrap.wrap(text, letters, max_lines=most, placeholder=" …")
         if all(text_width(line, size, weight) <= width for line in lines):
             break
     return lines

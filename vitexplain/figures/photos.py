@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .layout import DPI, PANEL, Cells, Scale, compose, save_figure, wrapped_name
 
 _EVOLUTION = Cells(6, 1.9, 0.17, 9, 5.4)
 _MOST = 0.99  # of all values that a common scale takes in on each side
+_ROUNDING = 1e-5  # of the largest share: what is nearer than that is equal, as shares are quotients in float32
 
 
 def panel(
@@ -47,11 +49,13 @@ def panel(
         A figure that belongs to no global state.
 
     Raises:
-        InputError: a photo, map or alpha that does not fit.
+        InputError: a photo, map or alpha that does not fit, or nothing to show.
         UnknownNameError: no colour map has that name.
     """
     check_colormap(colormap)
-    cells, picture = PANEL.shaped_for(as_photo(photo).convert("RGB"))
+    if photo_title is None and not maps:
+        raise InputError("maps: expected at least one where photo_title=None leaves the photo out, received none")
+    cells, picture = PANEL.shaped_for(as_photo(photo))
     pictures = [] if photo_title is None else [(photo_title, picture)]
     for name, heat in maps.items():
         _check_map(name, heat)
@@ -110,16 +114,18 @@ def contrast(
     if explanation.num_targets is None or explanation.num_targets < 2:
         received = explanation.num_targets or "one without an axis of classes"
         raise InputError(f"explanation: expected two classes an image or more, as of target='top2', received {received}")
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(which, Integral) for which in pair):
+        raise InputError(f"pair: expected the places of two classes, such as (0, 1), received {pair!r}")
     heats = [explanation.select(index, which).detach().float().cpu() for which in pair]
     called = [_class_name(explanation, index, which, names) for which in pair]
     for name, heat in zip(called, heats, strict=True):
         _check_map(name, heat)
     first, second = (textwrap.shorten(name, 28, placeholder=" …") for name in called)
-    difference = _share(heats[0]) - _share(heats[1])
+    difference = _difference(*heats)
     if caption is None:
         caption = f"{explanation.method}. Last picture: first map − second, each as shares of its own total"
-        caption += "; both are the same here." if torch.equal(*heats) else "."
-    cells, picture = PANEL.shaped_for(as_photo(photo).convert("RGB"))
+        caption += "." if difference.any() else "; both are the same here."
+    cells, picture = PANEL.shaped_for(as_photo(photo))
     pictures = [("photo", picture)]
     for which, name, heat in zip(pair, called, heats, strict=True):
         shown = blend(picture, heat, alpha=alpha, signed=explanation.signed, colormap=colormap)
@@ -180,7 +186,7 @@ def evolution(
     # much more it is there than before. The few largest values of all blocks do not count, lest one patch dim everything else.
     shares = torch.stack([_share(heat) for heat in maps])
     limits = _common_limits(shares, signed=signed)
-    cells, picture = replace(_EVOLUTION, columns=columns).shaped_for(as_photo(photo).convert("RGB"))
+    cells, picture = replace(_EVOLUTION, columns=columns).shaped_for(as_photo(photo))
     last = len(maps) - 1
     pictures = [
         (
@@ -202,7 +208,7 @@ def _common_limits(shares: Tensor, *, signed: bool) -> tuple[float, float]:
         most = float(torch.quantile(shares.abs().flatten(), _MOST))
         return -most, most
     low, high = torch.quantile(shares.flatten(), torch.tensor([1 - _MOST, _MOST])).tolist()
-    return low, high
+    return (0.0, high) if high - low <= _ROUNDING * max(abs(low), abs(high)) else (low, high)
 
 
 def _share(heat: Tensor) -> Tensor:
@@ -210,9 +216,18 @@ def _share(heat: Tensor) -> Tensor:
     return heat / heat.abs().sum().clamp_min(torch.finfo(heat.dtype).tiny)
 
 
+def _difference(first: Tensor, second: Tensor) -> Tensor:
+    """Of the shares of two maps (h, w), zero where they are equal but for rounding, which a scale of its own would show."""
+    shares = torch.stack([_share(first), _share(second)])
+    difference = shares[0] - shares[1]
+    return difference.where(difference.abs() > _ROUNDING * shares.abs().max(), 0.0)
+
+
 def _class_name(explanation: Explanation, index: int, which: int, names: Sequence[str] | None) -> str:
     count = explanation.num_targets
     if names is not None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"names: expected a list of the classes' names as text, received {names!r}")
         if len(names) != count:
             raise InputError(f"names: expected one for each of the {count} classes explained, received {len(names)}")
         return names[which]
@@ -228,7 +243,7 @@ def _probability(explanation: Explanation, index: int, which: int) -> str:
 
 
 def _check_map(name: str, heat: object) -> None:
-    if not isinstance(heat, Tensor) or heat.dim() != 2:
+    if not isinstance(heat, Tensor) or heat.dim() != 2 or not heat.numel():
         received = tuple(heat.shape) if isinstance(heat, Tensor) else type(heat).__name__
         raise InputError(f"maps: expected a tensor (gh, gw) for {name!r}, received {received}")
     if not torch.isfinite(heat).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def tokens(
         UnknownNameError: no colour map has that name.
     """
     check_colormap(colormap)
-    if width < 3:
+    if not 3 <= width < math.inf:
         raise InputError(f"width: expected at least 3 inches, received {width}")
     heat = _values(words, values, index, target_index)
     kept = [i for i, word in enumerate(words) if special or word not in SPECIAL]
@@ -104,7 +105,7 @@ def tokens(
 
 def read_tokens(words: Sequence[str]) -> list[Piece]:
     """Tokens without the marks of their tokenizer: WordPiece's ``##``, SentencePiece's ``▁``, or bytes with ``Ġ`` for a space."""
-    if any(word.startswith("Ġ") for word in words):
+    if any(word.startswith("Ġ") for word in words) or _hold_bytes(words):
         return list(_read_bytes(words))
     if any(word.startswith("▁") for word in words):
         return [Piece(_shown(word.removeprefix("▁")), word.startswith("▁")) for word in words]
@@ -118,14 +119,30 @@ def _read_wordpiece(word: str) -> Piece:
     return Piece(_shown(word), starts=word not in _BESIDE_THE_WORD_BEFORE)
 
 
+def _hold_bytes(words: Sequence[str]) -> bool:
+    """Whether words without a ``Ġ``, such as Chinese or one word alone, are bytes: more than ASCII, and together UTF-8."""
+    written = "".join(word for word in words if word not in SPECIAL)
+    if written.isascii() or any(word.startswith(("##", "▁")) for word in words):
+        return False
+    try:
+        _bytes_of(written).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return False
+    return True
+
+
 def _read_bytes(words: Sequence[str]) -> Iterator[Piece]:
     """Byte-level tokens; a letter whose bytes are in several is shown in the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for word in words:
         if word in SPECIAL or not all(letter in _BYTES for letter in word):
+            decoder.reset()
             yield Piece(_shown(word), True)
             continue
-        text = decoder.decode(bytes(_BYTES[letter] for letter in word))
+        encoded = _bytes_of(word)
+        if not b"\x80" <= encoded[:1] < b"\xc0":  # a letter begins: one before it that was never finished is given up
+            decoder.reset()
+        text = decoder.decode(encoded)
         yield Piece(_shown(text.removeprefix(" ")), word.startswith("Ġ"))
 
 
@@ -137,6 +154,11 @@ def _byte_of_each_letter() -> dict[str, int]:
 
 
 _BYTES = _byte_of_each_letter()
+
+
+def _bytes_of(word: str) -> bytes:
+    """What a token stands for; ``KeyError`` where one of its letters is no byte's."""
+    return bytes(_BYTES[letter] for letter in word)
 
 
 def _shown(text: str) -> str:

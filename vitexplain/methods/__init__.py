@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import InputError, unknown_name
 from ..options import Option, from_text
@@ -109,7 +109,14 @@ def own_methods() -> list[str]:
     return [name for name, kind in REGISTRY.items() if not issubclass(kind, CaptumMethod)]
 
 
-SeveralMethods = Iterable[str | Method] | Mapping[str, str | Method]
+class _Collection(Protocol):
+    """A list, tuple, set or view of names and methods; no text, though it has letters: only text can be asked for in one."""
+
+    def __contains__(self, item: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[str | Method]: ...
+
+
+SeveralMethods = _Collection | Iterator[str | Method] | Mapping[str, str | Method]
 MethodChoice = str | Method | SeveralMethods
 
 

@@ -48,7 +48,8 @@ class CaptumMethod(Method):
 
     def _of_known_target(self, anatomy: Anatomy, images: Tensor, target: Target) -> Tensor:
         def scalars(pixels: Tensor, classes: Tensor | None = None) -> Tensor:
-            return Target(classes, target.score, target.column).value(anatomy.run(pixels))
+            outputs = anatomy.run(pixels.to(images.dtype))  # captum's noise is float32, whatever the images are
+            return Target(classes, target.score, target.column).value(outputs)
 
         extra = () if target.classes is None else (target.classes,)
         return self.attribute(_captum(self.name), scalars, images, extra)

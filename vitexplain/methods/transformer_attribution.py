@@ -20,7 +20,7 @@ class TransformerAttribution(Method):
     Relevance starts as one at the class and is sent back by the α1β0 rule; what a sum hands to its two parts is rescaled to keep
     the total, image by image. Published evaluations use ``start_block=1``.
 
-    The rules divide by sums that can cancel: in float32 maps of trained models are up to a tenth off.
+    The rules divide by sums that can cancel: in float32 maps of trained models can be visibly off.
     """
 
     name: ClassVar[str] = "transformer_attribution"

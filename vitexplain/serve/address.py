@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 
@@ -26,5 +27,19 @@ def check_address(host: str, port: int) -> int:
         try:
             listener.bind(address)
         except OSError as error:
-            raise InputError(f"port: cannot listen at {host}:{port}: {error.strerror}; try another --port") from error
+            raise InputError(f"port: cannot listen at {in_url(host)}:{port}: {error.strerror}; try another --port") from error
         return int(listener.getsockname()[1])
+
+
+def in_url(host: str) -> str:
+    """A host as it stands before ``:port``: an IPv6 address has colons of its own and goes into brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens there is reached from this machine alone; not where the host is unknown."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return bool(found) and all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    except (OSError, UnicodeError, ValueError):
+        return False

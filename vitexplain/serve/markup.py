@@ -26,7 +26,7 @@ def message(text: str) -> str:
 
 def results(view: View) -> str:
     """The heading, the pictures side by side, and what their colours mean."""
-    if not view.pictures:
+    if not view.heading:
         return "" if view.message else EMPTY
     pictures = "".join(_figure(picture) for picture in view.pictures)
     scales = "".join(_scale(*scale) for scale in view.scales)

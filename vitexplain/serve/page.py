@@ -6,6 +6,7 @@ Needs the extra ``serve``.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,22 +18,30 @@ from unittest.mock import patch
 import gradio as gr
 from PIL import Image
 
+from ..errors import InputError
+from ..files import write_whole
 from ..heatmap import ALPHA
 from ..loading import DEMO
+from ..messages import brief
 from ..methods import REGISTRY
 from . import markup
-from .address import check_address
-from .service import BY_SIGN, COLORMAPS, PREDICTED, STARTING_METHODS, TOP, Request, Service, Session, View, grouped_methods
+from .address import check_address, in_url, is_loopback
+from .service import (
+    BY_SIGN,
+    COLORMAPS,
+    PREDICTED,
+    STARTING_METHODS,
+    SUGGESTED_MODELS,
+    TOP,
+    Request,
+    Service,
+    Session,
+    View,
+    grouped_methods,
+)
 
 _LARGEST_FILE = "200mb"
 _STYLE = Path(__file__).with_name("page.css")
-_SUGGESTED_MODELS = (
-    "deit_tiny_patch16_224",
-    "deit_small_patch16_224",
-    "vit_small_patch16_224",
-    "vit_base_patch16_224",
-    "vit_base_patch14_reg4_dinov2.lvd142m",
-)
 _ABOUT = (
     "Heat maps are computed on this machine by vitexplain, from the model's own attention and gradients: they say what the model "
     "used, not what is true. Photos stay here, in memory and in a temporary folder that goes with the server."
@@ -50,38 +59,47 @@ def running(service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterato
 
     Args:
         service: what does the work.
-        host, port: where it listens; port 0 is any free one.
+        host, port: where it listens; port 0 is any free one. Where others than this machine reach it, they cannot name its
+            folders as models.
 
     Raises:
         InputError: it cannot listen there.
     """
     port = check_address(host, port)
     with (
-        tempfile.TemporaryDirectory(prefix="vitexplain_serve_") as folder,
+        tempfile.TemporaryDirectory(prefix="vitexplain_serve_", ignore_cleanup_errors=True) as folder,
         patch.dict(os.environ, _PRIVATE | {"GRADIO_TEMP_DIR": folder}),
     ):
-        page = build_page(service, Path(folder))
+        page = build_page(service, Path(folder), local=is_loopback(host))
         try:
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                ssr_mode=False,
-                enable_monitoring=False,
-                footer_links=[],
-                max_file_size=_LARGEST_FILE,
-                theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-                css_paths=_STYLE,
-            )
-            yield address
+            yield _launched(page, host, port)
         finally:
             page.close(verbose=False)
 
 
-def build_page(service: Service, folder: Path) -> gr.Blocks:
-    """The page over a service; ``folder`` takes the example's photo."""
+def _launched(page: gr.Blocks, host: str, port: int) -> str:
+    """The page's address."""
+    try:
+        _, address, _ = page.launch(
+            server_name=in_url(host),
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+            max_file_size=_LARGEST_FILE,
+            theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+            css_paths=_STYLE,
+        )
+    except OSError as error:  # gradio wants the port at 127.0.0.1 too
+        raise InputError(f"port: cannot listen at {in_url(host)}:{port}: {brief(error)}; try another --port") from error
+    return str(address)
+
+
+def build_page(service: Service, folder: Path, *, local: bool = True) -> gr.Blocks:
+    """The page over a service; ``folder`` takes the example's photo, ``local`` is as a ``Request`` has it."""
     with gr.Blocks(title="vitexplain", analytics_enabled=False) as page:
         session = gr.State(Session())
         gr.Markdown("# vitexplain\nDrop a photo and see where a Vision Transformer looked, by several methods.", elem_id="title")
@@ -93,7 +111,7 @@ def build_page(service: Service, folder: Path) -> gr.Blocks:
                 _take_any_file(photo)
                 example = gr.Button("Use the example photo, a cat", size="sm", visible=_has_example())
                 model = gr.Dropdown(
-                    list(dict.fromkeys((DEMO, service.model, *_SUGGESTED_MODELS))),
+                    list(dict.fromkeys((DEMO, service.model, *SUGGESTED_MODELS))),
                     value=service.model,
                     allow_custom_value=True,
                     label="Model",
@@ -118,6 +136,7 @@ def build_page(service: Service, folder: Path) -> gr.Blocks:
                     ]
                 with gr.Accordion("Colours", open=False, elem_classes="later"):
                     alpha = gr.Slider(0, 1, value=ALPHA, step=0.05, label="Strength of the map", elem_id="alpha")
+                    _take_any_number(alpha)
                     colormap = gr.Dropdown(list(COLORMAPS), value=BY_SIGN, label="Colour map", elem_id="colormap")
             with gr.Column(scale=3, elem_classes="shown"):
                 message = gr.HTML(visible=False, elem_id="message")
@@ -139,11 +158,10 @@ def build_page(service: Service, folder: Path) -> gr.Blocks:
         ) -> tuple[Any, ...]:
             methods = tuple(name for name in REGISTRY if any(name in group for group in groups))
             path = Path(photo) if photo else None
-            view = service.view(
-                Request(path, path.name if path else "", model or "", methods, str(target or ""), alpha, colormap, compare),
-                session,
+            request = Request(
+                path, path.name if path else "", model or "", methods, str(target or ""), alpha, colormap, compare, local=local
             )
-            return _updates(view)
+            return _updates(service.view(request, session))
 
         looks = [alpha.change, colormap.input, compare.input]
         gr.on(
@@ -182,6 +200,11 @@ def _take_any_file(photo: gr.Image) -> None:
     setattr(photo, "preprocess", lambda payload: payload and payload.path)  # noqa: B010
 
 
+def _take_any_number(slider: gr.Slider) -> None:
+    """While a number is typed beside a slider, its field is empty or out of range for a moment, which is no error."""
+    setattr(slider, "preprocess", lambda payload: min(max(payload or 0, slider.minimum), slider.maximum))  # noqa: B010
+
+
 def _has_example() -> bool:
     return importlib.util.find_spec("skimage") is not None
 
@@ -190,5 +213,8 @@ def _write_example(folder: Path) -> str:
     from skimage import data
 
     path = folder / "cat.png"
-    Image.fromarray(data.chelsea()).save(path)
+    if not path.exists():
+        buffer = io.BytesIO()
+        Image.fromarray(data.chelsea()).save(buffer, "png")
+        write_whole(path, buffer.getvalue())
     return str(path)

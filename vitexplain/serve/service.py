@@ -6,11 +6,14 @@ another class or method runs no more than its own explanation.
 
 from __future__ import annotations
 
+import gc
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +27,9 @@ from ..explainer import Explainer
 from ..explanation import Explanation
 from ..files import check_file
 from ..heatmap import ALPHA, SCALES
+from ..hugging_face import PREFIX, is_folder
 from ..loading import DEMO, LoadedModel, class_name, load_model, short_class_name
+from ..messages import brief
 from ..methods import REGISTRY, CaptumMethod
 from ..photos import decode_photo
 from ..visualize import contrast
@@ -33,10 +38,22 @@ PREDICTED = "predicted"
 BY_SIGN = "by sign"  # the colour map that fits a map's sign
 COLORMAPS = (BY_SIGN, "inferno", "viridis", "magma", "turbo", "gray")
 STARTING_METHODS = ("tokentm", "gmar", "legrad", "rollout")
+SUGGESTED_MODELS = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k",
+)
 TOP = 5
 
 _KEPT_MODELS = 2
+_KEPT_RESULTS = 64  # of a session: as many maps, and as many classes
 _LONGEST_SIDE = 1200  # of the photo as it is shown
+_LOG = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
+Kept = TypeVar("Kept")
 
 
 # -- what is asked for and what is shown -----------------------------------------------------------------------------------
@@ -55,6 +72,7 @@ class Request:
         alpha: a map's share of its picture, 0 to 1.
         colormap: ``"by sign"``, or the name of one of matplotlib's.
         compare: show the maps of the class beside those of its runner-up.
+        local: whoever asks sits at this machine; others cannot name its folders as models.
     """
 
     photo: Path | None
@@ -65,6 +83,7 @@ class Request:
     alpha: float = ALPHA
     colormap: str = BY_SIGN
     compare: bool = False
+    local: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ class View:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A photo as a model saw it: what stays when the model itself has made room for another."""
+    """A photo as a model saw it, in the host's memory: what stays when the model itself has made room for another."""
 
     source: tuple[str, Path]
     inputs: Tensor
@@ -134,15 +153,15 @@ class Session:
     """What one open page keeps between two requests."""
 
     seen: _Seen | None = None
-    classes: dict[str, int] = field(default_factory=dict)  # by how they were asked for
-    maps: dict[tuple[str, tuple[int, ...]], Explanation | str] = field(default_factory=dict)  # or why there is none
+    classes: OrderedDict[str, int] = field(default_factory=OrderedDict)  # by how they were asked for
+    # explanations in the host's memory, or why there is none; of both what was used last stands last
+    maps: OrderedDict[tuple[str, tuple[int, ...]], Explanation | str] = field(default_factory=OrderedDict)
 
-    def start(self, seen: _Seen) -> None:
-        """Another photo or model: nothing that was kept fits any longer."""
-        self.seen, self.classes, self.maps = seen, {}, {}
-
-    def clear(self) -> None:
-        self.seen, self.classes, self.maps = None, {}, {}
+    def start(self, seen: _Seen | None) -> None:
+        """Another photo or model, or none: nothing that was kept fits any longer."""
+        self.seen = seen
+        self.classes.clear()
+        self.maps.clear()
 
 
 # -- the work --------------------------------------------------------------------------------------------------------------
@@ -186,21 +205,24 @@ class Service:
                 return self._view(request, session)
             except ExplanationError as error:
                 return _failed(str(error), session)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return _failed("There is too little memory for this model and photo.", session)
+            except Exception as error:  # the model's own code runs here
+                if is_out_of_memory(error):
+                    return _failed("There is too little memory for this model and photo.", session)
+                _LOG.exception("model %r, photo %r", request.model, request.photo_name)
+                return _failed(f"{request.model!r} cannot be run on this photo: {brief(error)}", session)
 
     # -- a view ------------------------------------------------------------------------------------------------------
 
     def _view(self, request: Request, session: Session) -> View:
         if request.photo is None:
-            session.clear()
+            session.start(None)
             return View()
         source = request.model.strip(), request.photo
         target = request.target.strip() or PREDICTED
         if session.seen is None or session.seen.source != source:
-            session.clear()
+            session.start(None)
+            if not request.local:
+                self._check_reach(source[0])
             session.start(self._look(source, request.photo_name or request.photo.name))
             target = PREDICTED
         seen = session.seen
@@ -222,10 +244,10 @@ class Service:
         check_file(path, "photo")
         photo = decode_photo(path, repr(photo_name)).image
         loaded = self._loaded(name)
-        inputs = loaded.transform(photo).unsqueeze(0).to(next(loaded.model.parameters()))
+        inputs = loaded.transform(photo).unsqueeze(0)
         self.classifications += 1
         with torch.inference_mode():
-            logits = loaded.model(inputs)[0].cpu()
+            logits = loaded.model(inputs.to(next(loaded.model.parameters())))[0].cpu()
         shown = loaded.display(photo)
         shown.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
         return _Seen(source, inputs, shown, logits, loaded.class_names)
@@ -233,7 +255,7 @@ class Service:
     def _class(self, target: str, session: Session, seen: _Seen) -> int:
         if target not in session.classes:
             known = int(seen.logits.argmax()) if target == PREDICTED else self._loaded(seen.source[0]).class_index(target)
-            session.classes[target] = known
+            _keep(session.classes, target, known)
         return session.classes[target]
 
     def _explained(
@@ -241,24 +263,28 @@ class Service:
     ) -> dict[str, Explanation | str]:
         """By method, its explanation for these classes, or why there is none; only what the session has not is computed."""
         missing = [name for name in methods if (name, classes) not in session.maps]
-        if missing:
-            for name, found in self._explain(missing, classes, seen).items():
-                session.maps[name, classes] = found
-        return {name: session.maps[name, classes] for name in methods}
+        new = self._explain(missing, classes, seen) if missing else {}
+        found = {name: new[name] if name in new else session.maps[name, classes] for name in methods}
+        for name, one in found.items():
+            _keep(session.maps, (name, classes), one)
+        return found
 
     def _explain(self, methods: list[str], classes: tuple[int, ...], seen: _Seen) -> dict[str, Explanation | str]:
+        """All methods in one call; where one fails, each by itself, so that the others' maps are there."""
         model = self._loaded(seen.source[0]).model
         try:
             explainer = Explainer(model, methods, self.backend)
             self.explanations += 1
-            found = explainer.attribute(seen.inputs, [list(classes)])
-        except ExplanationError as error:
+            found = explainer.attribute(seen.inputs.to(next(model.parameters())), [list(classes)])
+        except Exception as error:  # the model's own code runs here, and captum's
+            if is_out_of_memory(error):
+                raise
             if len(methods) == 1:
-                return {methods[0]: str(error)}
-            each = [self._explain([name], classes, seen) for name in methods]
-            return {name: found for one in each for name, found in one.items()}
-        assert isinstance(found, dict)
-        return dict(found)
+                return {methods[0]: _reason(error, methods[0], seen)}
+        else:
+            return {name: _on_host(one) for name, one in found.items()}
+        each = [self._explain([name], classes, seen) for name in methods]
+        return {name: one for alone in each for name, one in alone.items()}
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -267,14 +293,38 @@ class Service:
         if name not in self._models:
             if not name:
                 raise InputError("model: expected 'demo', a name of timm's, or transformers:NAME, received nothing")
-            loaded = load_model(name, self.weights if name == self.model else None, self.device, dtype=self.dtype)
-            Explainer(loaded.model, backend=self.backend).check_backend(next(loaded.model.parameters()).device)
+            self._make_room(_KEPT_MODELS - 1)
+            loaded = self._load(name)
+            # rollout asks least of a model; what another method does not allow is said in its place
+            Explainer(loaded.model, "rollout", self.backend).check_backend(next(loaded.model.parameters()).device)
             self.loads += 1
             self._models[name] = loaded
-            while len(self._models) > _KEPT_MODELS:
-                self._models.popitem(last=False)
         self._models.move_to_end(name)
         return self._models[name]
+
+    def _load(self, name: str) -> LoadedModel:
+        """``load_model``, and once more without the other models where memory was wanting."""
+        weights = self.weights if name == self.model else None
+        try:
+            return load_model(name, weights, self.device, dtype=self.dtype)
+        except Exception as error:  # load_model names the device, and has torch's own error as the cause
+            if not self._models or not is_out_of_memory(error.__cause__ or error):
+                raise
+        self._make_room(0)
+        return load_model(name, weights, self.device, dtype=self.dtype)
+
+    def _make_room(self, kept: int) -> None:
+        """Forget the models used longest ago, all but ``kept``."""
+        if len(self._models) > kept:
+            while len(self._models) > kept:
+                self._models.popitem(last=False)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _check_reach(self, name: str) -> None:
+        """Refuse a folder of this machine to whoever is elsewhere, unless it is the one that the page was started with."""
+        if name != self.model and (name.startswith("local-dir:") or (name.startswith(PREFIX) and is_folder(name))):
+            raise InputError(f"model: expected a name, as folders are read for visitors at this machine alone, received {name!r}")
 
 
 def grouped_methods() -> dict[str, list[tuple[str, str]]]:
@@ -301,6 +351,27 @@ def method_note(name: str) -> str:
 # -- a view's parts --------------------------------------------------------------------------------------------------------
 
 
+def _keep(kept: OrderedDict[Key, Kept], key: Key, value: Kept) -> None:
+    """As the one used last, of which so many are kept."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT_RESULTS:
+        kept.popitem(last=False)
+
+
+def _on_host(explanation: Explanation) -> Explanation:
+    tensors: dict[str, Any] = {name: tensor.cpu() for name, tensor in explanation.tensors().items()}
+    return replace(explanation, **tensors)
+
+
+def _reason(error: Exception, method: str, seen: _Seen) -> str:
+    """Why a method has no map; a defect is told in full in the log."""
+    if isinstance(error, ExplanationError):
+        return str(error)
+    _LOG.error("method %r, model %r", method, seen.source[0], exc_info=error)
+    return brief(error)
+
+
 def _failed(message: str, session: Session) -> View:
     """The message, and the classes of the photo where it was not the photo or the model that went wrong."""
     return View(message, top=session.seen.top() if session.seen else ())
@@ -319,7 +390,7 @@ def _heading(seen: _Seen, classes: tuple[int, ...]) -> str:
 
 
 def _pictures(request: Request, seen: _Seen, classes: tuple[int, ...], found: dict[str, Explanation | str]) -> list[Picture]:
-    photo = [] if len(classes) > 1 else [Picture("Photo", "The part that the model saw.", seen.shown)]
+    photo = [] if len(classes) > 1 and found else [Picture("Photo", "The part that the model saw.", seen.shown)]
     return photo + [_picture(name, request, seen, classes, one) for name, one in found.items()]
 
 
