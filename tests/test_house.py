@@ -9,6 +9,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,3 +67,11 @@ def test_every_forbidden_import_breaks_its_contract(tmp_path: Path) -> None:
         assert f"{module} -> {imported} (" in checked.stdout, checked.stdout + checked.stderr
         assert not any(line.startswith(contract) for line in kept), kept
     assert "- vitexplain.a_new_part\n" in checked.stdout, "a part without a place is refused"
+
+
+@pytest.mark.xdist_group("together")
+def test_tests_of_a_group_stay_together(request: pytest.FixtureRequest) -> None:
+    """What several share is built once, and not twice at once: xdist knows a group by the end of a test's name."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("needs pytest -n 2 --dist loadgroup, as make test has it")
+    assert request.node.nodeid.endswith("@together")

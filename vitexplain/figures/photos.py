@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -205,9 +206,9 @@ def evolution(
 def _common_limits(shares: Tensor, *, signed: bool) -> tuple[float, float]:
     """Values for the two ends of the scale of maps (L, gh, gw)."""
     if signed:
-        most = float(torch.quantile(shares.abs().flatten(), _MOST))
+        most = float(np.quantile(shares.abs().numpy(), _MOST))
         return -most, most
-    low, high = torch.quantile(shares.flatten(), torch.tensor([1 - _MOST, _MOST])).tolist()
+    low, high = np.quantile(shares.numpy(), [1 - _MOST, _MOST]).tolist()  # torch's takes no more than 2²⁴ values
     return (0.0, high) if high - low <= _ROUNDING * max(abs(low), abs(high)) else (low, high)
 
 

@@ -44,7 +44,7 @@ _LARGEST_FILE = "200mb"
 _STYLE = Path(__file__).with_name("page.css")
 _ABOUT = (
     "Heat maps are computed on this machine by vitexplain, from the model's own attention and gradients: they say what the model "
-    "used, not what is true. Photos stay here, in memory and in a temporary folder that goes with the server."
+    "used, not what is true. Photos stay here, in memory and in a temporary folder that is deleted when the server ends."
 )
 _PRIVATE = {  # read by gradio: nothing is reported, nothing kept in the browser
     "GRADIO_ANALYTICS_ENABLED": "False",
